@@ -1,0 +1,262 @@
+"""Every key that a user can set, with its unit, its default and whether it is part of the identity.
+
+`Run` is the root of a composed config; Hydra checks keys and types against it (the node `schema` of conf/config.yaml).
+Token counts are `Any` here because a dataclass `int` refuses `10M`; zexp.config.tokens parses them.
+Sizes of blocks are typed by the blocks themselves (zexp/blocks/*/spec.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from zexp.config.identity import execution, semantic
+
+# OmegaConf 2.3 reads the annotations of structured configs; `Optional[X]` is what it knows for dataclasses.
+
+
+@dataclass(kw_only=True)
+class Norm:
+    """The normalisation in front of every block and before the head."""
+
+    kind: str = semantic("rmsnorm")
+    eps: float = semantic(1e-5)
+
+
+@dataclass(kw_only=True)
+class Arch:
+    """An architecture: a pattern over named blocks and one table of sizes a letter."""
+
+    pattern: str = semantic(MISSING)  # layers, e.g. `4*(a d)` or `m gm m gm`
+    width: int = semantic(MISSING)  # model width D
+    tie_embeddings: bool = semantic(True)  # the head is the embedding's transpose
+    norm: Norm = semantic(factory=Norm)
+    blocks: dict[str, Any] = semantic(factory=dict)  # letter -> that block's keys
+
+
+@dataclass(kw_only=True)
+class Source:
+    """Where documents come from."""
+
+    kind: Optional[str] = semantic(None)  # embedded | text | jsonl | parquet
+    view: Optional[str] = semantic(None)  # embedded: base (code without docstrings) | high_quality (docstrings)
+    packages: Optional[list[str]] = semantic(None)  # embedded: of stdlib, numpy, scipy, topics; null = the view's all
+    files: Any = semantic(None)  # others: a glob or a list of globs, relative to the working directory
+    documents: Optional[str] = semantic(None)  # text: one document is a file (default) | line | paragraph
+    text_key: Optional[str] = semantic(None)  # jsonl, parquet: the key that holds the text (default: text)
+    max_bytes: Any = semantic(None)  # bound in UTF-8 bytes, in shuffled document order; null = all
+
+
+@dataclass(kw_only=True)
+class MixSource(Source):
+    """A source's share in a mix. Without `kind`, the name stands in corpus.sources."""
+
+    weight: float = semantic(MISSING)  # relative to the others; quantised to k/4096
+    max_epochs: Optional[int] = execution(4)  # passes over the source in the whole run; null = no cap. Refuses, never alters
+
+
+@dataclass(kw_only=True)
+class Mix:
+    """Which sources a phase reads, and in which proportions."""
+
+    sources: dict[str, MixSource] = semantic(factory=dict)
+
+
+@dataclass(kw_only=True)
+class Tokenizer:
+    """A byte-level BPE trained on corpus.sources."""
+
+    kind: str = semantic("bpe")
+    vocab_size: int = semantic(4096)  # with <|eod|>, id 0
+    sample_bytes: Any = semantic("3M")  # bytes of training text read, over all sources together
+    weights: Optional[dict[str, float]] = semantic(None)  # each source's share of the sample; null = equal
+
+
+@dataclass(kw_only=True)
+class Packing:
+    """How documents become sequences of seq_len labels."""
+
+    strategy: str = semantic("concat")  # joined by eod and cut into windows; the tail is dropped and counted
+    document_mask: bool = semantic(True)  # attention, scans and convolutions stop at document boundaries
+
+
+@dataclass(kw_only=True)
+class Corpus:
+    """The named sources, their tokenizer and their packing."""
+
+    sources: dict[str, Source] = semantic(factory=dict)
+    tokenizer: Tokenizer = semantic(factory=Tokenizer)
+    packing: Packing = semantic(factory=Packing)
+    heldout: float = semantic(0.05)  # share kept out of training, by a stable hash of the file or document
+    seed: int = semantic(0)  # order of the documents within a corpus
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """The learning rate of a phase over its tokens. Keys that a kind does not read must be null."""
+
+    kind: str = semantic(MISSING)  # constant | linear | cosine | wsd
+    peak_lr: float = semantic(MISSING)
+    warmup_tokens: Any = semantic(0)  # linear from 0; rounded up to whole steps
+    decay: Any = semantic(None)  # wsd: length of the decay, tokens or a share of the phase (10%)
+    decay_shape: Optional[str] = semantic(None)  # wsd: linear | cosine | exponential | one_minus_sqrt
+    floor_fraction: Optional[float] = semantic(None)  # linear, cosine, wsd: the last LR as a fraction of the peak
+
+
+@dataclass(kw_only=True)
+class Phase:
+    """A stretch of training: what it continues from, how long, on what, with which learning rate."""
+
+    parent: Optional[str] = semantic(None)  # a phase's name; null = from initial weights
+    seed: Optional[int] = semantic(None)  # order of the sources this phase introduces; null = the root's seed
+    tokens: Any = semantic(MISSING)  # length: 10M, or 10% of the parent's tokens; rounded up to whole steps
+    batch_tokens: Any = semantic(None)  # global batch; null = the parent's
+    mix: Optional[Mix] = semantic(None)  # null = the root's mix
+    schedule: Optional[Schedule] = semantic(None)  # null = the root's schedule
+    optimizer_state: str = semantic("carry")  # over the fork: carry | reset
+
+
+@dataclass(kw_only=True)
+class Replay:
+    """The share of an anneal that goes on with the parent's stream."""
+
+    fraction: float = semantic(MISSING)  # of the anneal's tokens, 0 … 1
+    start: str = semantic("continue")  # continue | beginning of the parent's stream
+
+
+@dataclass(kw_only=True)
+class Anneal:
+    """The last phase: re-warm, then decay to a floor, on a better mix with some replay."""
+
+    parent: str = semantic("pretrain")
+    seed: Optional[int] = semantic(None)
+    tokens: Any = semantic(MISSING)
+    batch_tokens: Any = semantic(None)  # null = the parent's
+    mix: Optional[Mix] = semantic(None)  # what is not replay; null = the root's mix
+    replay: Replay = semantic(factory=lambda: Replay(fraction=0.6))
+    warmup_tokens: Any = semantic(0)  # linear from 0 to peak_fraction; rounded up to whole steps
+    peak_fraction: float = semantic(0.75)  # of the parent phase's peak LR
+    shape: str = semantic("linear")  # constant | linear | cosine | exponential | one_minus_sqrt
+    floor_fraction: float = semantic(0.0)  # the last LR as a fraction of the parent phase's peak LR
+    optimizer_state: str = semantic("carry")
+
+
+@dataclass(kw_only=True)
+class Optim:
+    """AdamW; matrices decay, embeddings, norms and vectors do not."""
+
+    kind: str = semantic("adamw")
+    betas: tuple[float, float] = semantic((0.9, 0.95))
+    eps: float = semantic(1e-8)
+    weight_decay: float = semantic(0.1)
+    clip: float = semantic(1.0)  # global gradient norm; 0 = no clipping
+
+
+@dataclass(kw_only=True)
+class Parallelism:
+    """How a stage uses the machine."""
+
+    threads: int = execution(1)  # CPU threads of one stage; part of the numerics fingerprint, never derived
+
+
+@dataclass(kw_only=True)
+class Kernels:
+    """Which backend an operation takes."""
+
+    backend: str = execution("auto")  # auto | torch | fused
+
+
+@dataclass(kw_only=True)
+class Eval:
+    """Which tasks score a state."""
+
+    tasks: list[str] = semantic(factory=list)
+    batch_size: int = execution(16)  # sequences at once; scores do not depend on it
+
+
+@dataclass(kw_only=True)
+class Logger:
+    """Curves beside the JSONL that is always written."""
+
+    kind: str = execution("jsonl")  # jsonl | wandb
+    project: Optional[str] = execution(None)
+    entity: Optional[str] = execution(None)
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """Which states are kept, beside every fork point, trunk end and end that a study names."""
+
+    every_seconds: float = execution(120.0)  # between rolling states, for resuming
+    rolling: int = execution(2)  # how many of them stay
+    ladder: bool = execution(True)  # also 1, 2, 5 · 10^k steps and each 10 % of the target
+
+
+@dataclass(kw_only=True)
+class Execution:
+    """Speed and place; nothing here changes a result."""
+
+    micro_batch: int = execution(8)  # sequences per forward pass
+    device: str = execution("auto")  # auto (a GPU where there is one) | cpu | cuda
+    deterministic: bool = execution(True)  # deterministic algorithms: same fingerprint, same bits
+    log_every: int = execution(10)  # optimizer steps
+    retry_diverged: bool = execution(False)  # train a diverged stage again
+
+
+@dataclass(kw_only=True)
+class Seeds:
+    """Seeds by purpose."""
+
+    init: Optional[int] = semantic(None)  # initial weights; null = the root's seed
+
+
+@dataclass(kw_only=True)
+class Study:
+    """A question and the variants that answer it. Everything here selects or names; the variants carry the identity."""
+
+    name: Optional[str] = execution(None)  # null = the sweep file's name, or made from the overrides
+    question: Optional[str] = execution(None)
+    grid: dict[str, Any] = execution(factory=dict)  # key -> list of values
+    zip: dict[str, Any] = execution(factory=dict)  # key -> list of values, all of one length, walked together
+    arms: dict[str, list[str]] = execution(factory=dict)  # name -> overrides
+    seeds: Optional[list[int]] = execution(None)  # null = the root's seed alone
+    exclude: list[dict[str, Any]] = execution(factory=list)  # axes' values whose combination is left out
+    baseline: dict[str, Any] = execution(factory=dict)  # axis -> value that the others are compared with
+    metric: Optional[str] = execution(None)  # task/metric that ranks
+    scales: dict[str, list[str]] = execution(factory=dict)  # scale -> overrides applied before grid and arms
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One variant, or a study of many."""
+
+    study: Study = execution(factory=Study)
+    seed: int = semantic(0)  # default of seeds.init and of every phase's seed
+    seeds: Seeds = semantic(factory=Seeds)
+    seq_len: int = semantic(256)  # labels of one sequence
+    precision: str = semantic("fp32")  # fp32 | bf16 (autocast, fp32 weights)
+    store: str = execution("store")  # folder of all results
+    scale: str = execution("tiny")  # the name of the scale that was applied
+    arch: Arch = semantic(factory=Arch)
+    corpus: Corpus = semantic(factory=Corpus)
+    mix: Mix = semantic(factory=Mix)
+    schedule: Schedule = semantic(factory=Schedule)
+    phases: dict[str, Phase] = semantic(factory=dict)
+    anneal: Optional[Anneal] = semantic(None)
+    optim: Optim = semantic(factory=Optim)
+    parallelism: Parallelism = execution(factory=Parallelism)
+    kernels: Kernels = execution(factory=Kernels)
+    eval: Eval = semantic(factory=Eval)
+    logger: Logger = execution(factory=Logger)
+    checkpoint: Checkpoint = execution(factory=Checkpoint)
+    execution: Execution = execution(factory=Execution)
+
+
+def schemas() -> list[type]:
+    """Every dataclass of the schema, for the test that each field is declared."""
+    return [
+        Norm, Arch, Source, MixSource, Mix, Tokenizer, Packing, Corpus, Schedule, Phase, Replay, Anneal, Optim,
+        Parallelism, Kernels, Eval, Logger, Checkpoint, Execution, Seeds, Study, Run,
+    ]  # fmt: skip
