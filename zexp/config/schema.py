@@ -172,7 +172,9 @@ class Kernels:
 class Eval:
     """Which tasks score a state."""
 
-    tasks: list[str] = semantic(factory=list)
+    tasks: list[str] = semantic(factory=list)  # names: a YAML in ./evals, zexp's evals/, lm-eval's own; `bpb` = one per source
+    context_tokens: Optional[int] = semantic(None)  # a model sees at most so many; null = seq_len
+    limit: Optional[int] = semantic(None)  # only the first n documents of each task; null = all
     batch_size: int = execution(16)  # sequences at once; scores do not depend on it
 
 

@@ -1,0 +1,1 @@
+"""Thin Hydra plugins: everything in them calls zexp.study."""

@@ -1,0 +1,52 @@
+"""`hydra/sweeper=zexp`: a study's grid × zip × arms × seeds, and the axes of the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class ZexpSweeper(Sweeper):
+    """Reads `study` from the composed config and launches its points together."""
+
+    def __init__(self) -> None:
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """The results of all points, as Hydra's sweepers return them: a list of batches."""
+        from zexp.study.variants import CommandLine, points
+
+        assert self.config is not None and self.launcher is not None and self.hydra_context is not None
+        fixed: list[str] = []
+        axes: dict[str, list[str]] = {}
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        for override in parser.parse_overrides(arguments):
+            if override.is_sweep_override():
+                if not override.is_discrete_sweep():
+                    raise ValueError(f"{override.input_line}: the zexp sweeper takes lists, ranges and globs of values.")
+                axes[override.get_key_element()] = [str(value) for value in override.sweep_string_iterator()]
+            else:
+                assert override.input_line is not None
+                fixed.append(override.input_line)
+        study = OmegaConf.to_container(self.config.study, resolve=True)
+        assert isinstance(study, dict)
+        found = points(study, self.config.scale, CommandLine(fixed, axes), self.config.seed)  # type: ignore[arg-type]
+        pairs = [(point.axes, point.overrides) for point in found]
+        if hasattr(self.launcher, "launch_points"):
+            return [self.launcher.launch_points(pairs, 0)]
+        return [self.launcher.launch([overrides for _, overrides in pairs], initial_job_idx=0)]

@@ -1,0 +1,97 @@
+"""The verbs of the command line. Everything heavy is imported by the verb that needs it: `zexp --help` imports nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+USAGE = """\
+zexp: which hybrid language model, and which annealing recipe? Studies as trees of training trajectories.
+
+  zexp run  [overrides]         train, evaluate, report what the config says; what is in the store is not done again
+  zexp plan [--json] [overrides]    the tree of stages, what is cached, tokens and disk; starts nothing
+  zexp status [--json] [STUDY]  studies in the store and how far they are
+  zexp report [--json] STUDY    tables and one HTML leaderboard, also of half a study
+  zexp calc [--json] [overrides]    parameters, FLOPs per token and memory of an architecture, per block
+  zexp logs STAGE|STUDY/VARIANT     the log of a stage's last attempt
+  zexp init DIR                 a small folder of your own: an architecture, a mix over local text, a study
+
+Overrides are Hydra's:      zexp run arch=zamba2_tiny anneal=replay60
+several values are a study: zexp run -m arch=mamba2_tiny,zamba2_tiny seed=0,1,2
+a named study:              zexp run +sweeps=quickstart
+one verb's own help:        zexp run --help
+
+Exit codes: 0 all done · 1 a stage failed or diverged · 2 the request was wrong, nothing was started · 130 interrupted.
+"""
+
+HYDRA_VERBS = ("run", "plan", "calc")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; the exit code. arguments: without the program's name; None = sys.argv's."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in ("-sc", "--shell-completion"):
+        words = _completion(words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] in ("-V", "--version"):
+        from zexp import __version__
+
+        print(f"zexp {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb in HYDRA_VERBS:
+        from zexp.hydra_app import hydra_verb
+
+        return _guarded(lambda: hydra_verb(verb, rest))
+    other = {"status": "status", "report": "report", "logs": "logs", "init": "init"}
+    if verb not in other:
+        import difflib
+
+        near = difflib.get_close_matches(verb, [*HYDRA_VERBS, *other], n=1)
+        hint = f" Did you mean `zexp {near[0]}`?" if near else ""
+        print(f"zexp: {verb!r} is no verb.{hint} `zexp --help` lists them.", file=sys.stderr)
+        return 2
+    from zexp import verbs
+
+    return _guarded(lambda: getattr(verbs, other[verb])(rest))
+
+
+def _completion(words: list[str]) -> list[str]:
+    """Hydra's completion calls the bare program; the verb stands in the line that is being completed."""
+    line = os.environ.get("COMP_LINE", "")
+    parts = line.split(" ")
+    if len(parts) > 1 and parts[1] in HYDRA_VERBS:
+        os.environ["COMP_LINE"] = " ".join([parts[0], *parts[2:]])
+        point = os.environ.get("COMP_POINT")
+        if point is not None:
+            os.environ["COMP_POINT"] = str(max(0, int(point) - len(parts[1]) - 1))
+        return [parts[1], *words]
+    return ["run", *words]
+
+
+def _guarded(verb: Callable[[], int]) -> int:
+    """A wrong request ends with its text and 2; Ctrl-C with 130; a closed pipe quietly."""
+    from zexp.config.errors import ConfigError
+
+    try:
+        return verb()
+    except ConfigError as error:
+        many = len(error.problems) > 1
+        for problem in error.problems:
+            print(f"{'  ' if many else ''}ConfigError: {problem}", file=sys.stderr)
+        if many:
+            print(f"{len(error.problems)} problems; nothing was started.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at its exit
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

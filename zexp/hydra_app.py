@@ -1,0 +1,123 @@
+"""The Hydra app behind `run`, `plan` and `calc`: composes configs and hands them to zexp.study.
+
+Hydra composes; zexp decides what to do with the result. Without -m Hydra calls the task function and never a
+launcher, with -m it calls our launcher (hydra_plugins/zexp): both end in `act`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from zexp.config.errors import ConfigError
+from zexp.config.places import conf_dir, user_conf_dir
+from zexp.config.schema import Run
+from zexp.study.execute import Composed, Request, act
+
+
+class _Verb:
+    """What the composed configs are for; set once a process, read by task function and launcher."""
+
+    name = "run"
+    json = False
+    exit_code = 0
+    started = 0.0
+
+
+def hydra_verb(verb: str, arguments: list[str]) -> int:
+    """Compose and act. `--json` stands before the first override. Raises ConfigError for every wrong request."""
+    _Verb.name, _Verb.json, _Verb.exit_code, _Verb.started = verb, False, 0, time.monotonic()
+    words = list(arguments)
+    if "--json" in words:
+        words.remove("--json")
+        if verb == "run":
+            raise ConfigError("--json is for plan, calc, status and report. `zexp run` prints its progress.")
+        _Verb.json = True
+    mine = user_conf_dir(Path.cwd())
+    if mine is not None and not any(w in ("--config-dir", "-cd") or w.startswith("--config-dir=") for w in words):
+        words = ["--config-dir", str(mine), *words]
+    _refuse_choices_in_both(words)
+    ConfigStore.instance().store(name="schema", node=Run)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here, not as Hydra's own printing
+    argv, sys.argv = sys.argv, [f"zexp {verb}", *words]
+    try:
+        app(_task)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_cause(error)) from error
+    finally:
+        sys.argv = argv
+    return _Verb.exit_code
+
+
+def app(task: Any) -> None:
+    """The task function as a Hydra app over zexp's conf."""
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(task)()
+
+
+def _task(config: DictConfig) -> float | None:
+    """One composed config, without -m."""
+    node = HydraConfig.get()
+    composed = Composed(config, dict(node.runtime.choices), {}, list(node.overrides.task))
+    return act_on([composed], node.launcher)[0].return_value
+
+
+_task.__qualname__ = "zexp"
+
+
+def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
+    """What the verb does with the variants; one JobReturn for each, in order."""
+    request = Request(_Verb.name, _Verb.json, dict(launcher), Path.cwd(), _Verb.started)
+    done = act(composed, request)
+    _Verb.exit_code = max(_Verb.exit_code, done.exit_code)
+    return [job_return for job_return in done.job_returns]
+
+
+def is_own_task(task: Any) -> bool:
+    """True for zexp's task function: a foreign one would not be run by what the launcher submits."""
+    return task is _task
+
+
+def _refuse_choices_in_both(words: list[str]) -> None:
+    """A choice that the user's folder and zexp both define is ambiguous: Hydra would take one silently."""
+    for i, word in enumerate(words):
+        folder = words[i + 1] if word in ("--config-dir", "-cd") and i + 1 < len(words) else None
+        folder = word.split("=", 1)[1] if word.startswith("--config-dir=") else folder
+        if folder is None:
+            continue
+        mine = Path(folder)
+        if not mine.is_dir():
+            raise ConfigError(f"--config-dir {folder}: no such folder.")
+        twice = [path for path in sorted(mine.rglob("*.yaml")) if (conf_dir() / path.relative_to(mine)).exists()]
+        if twice:
+            raise ConfigError(
+                [
+                    f"{path} and {conf_dir() / path.relative_to(mine)} define the same choice. Rename yours."
+                    for path in twice
+                ]
+            )
+
+
+def _cause(error: BaseException) -> str:
+    """Hydra's text with what caused it, without the chain of wrappers."""
+    texts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, ConfigError):
+            return str(current)
+        text = str(current).strip()
+        if text and text not in texts and not any(text in known for known in texts):
+            texts.append(text)
+        current = current.__cause__
+    return "\n".join(texts)

@@ -1,0 +1,429 @@
+"""The tree of unique stages of a study: what variants share is one node, and the store says what is done.
+
+A segment's stage is cut at every token count that some variant needs, so its id `<hash16>@<tokens>` does not depend on
+the rest of the plan. Nothing here starts anything or imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zexp.config.errors import ConfigError, Problems
+from zexp.config.tokens import round_up
+from zexp.data import ledger
+from zexp.store.files import read_json
+from zexp.store.folder import Store
+from zexp.store.ids import short
+from zexp.study.resolve import DataStage, EvalStage, Variant
+from zexp.train.phases import Segment
+
+STATE_BYTES_PER_PARAMETER = 12  # fp32 weights and AdamW's two moments
+BYTES_PER_TOKEN = 2 + 2  # uint16 tokens of a corpus, and its packed copy's share
+
+
+@dataclass
+class Stage:
+    """One node of the plan.
+
+    id: what dependants name; folder: relative to the store; start, to, tokens: of a segment, absolute and trained here;
+    cached: done already; needed: something that is not done asks for it; resume_from: the nearest kept state of a
+    segment that is not done, from which the rest is trained.
+    """
+
+    id: str
+    kind: str
+    full_id: str
+    semantic: dict[str, Any]
+    parents: list[str]
+    phase: str | None = None
+    label: str = ""
+    start: int | None = None
+    to: int | None = None
+    tokens: int = 0
+    cached: bool = False
+    variants: list[str] = field(default_factory=list)
+    request: dict[str, Any] = field(default_factory=dict)
+    flops_per_token: float = 0.0
+    parameters: int = 0
+    tokens_bound: int = 0
+    diverged: dict[str, Any] | None = None
+    needed: bool = False
+    resume_from: int | None = None
+
+    @property
+    def to_train(self) -> int:
+        """Tokens that are trained if the plan runs."""
+        if self.kind != "segment" or not self.needed:
+            return 0
+        assert self.to is not None and self.start is not None
+        return self.to - (self.start if self.resume_from is None else self.resume_from)
+
+    @property
+    def folder(self) -> str:
+        kind = "trajectory" if self.kind == "segment" else self.kind
+        return f"{kind}/{short(self.full_id)}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "phase": self.phase,
+            "label": self.label,
+            "folder": self.folder,
+            "parents": self.parents,
+            "variants": self.variants,
+            "from": self.start,
+            "to": self.to,
+            "tokens": self.tokens,
+            "cached": self.cached,
+            "needed": self.needed,
+            "resume_from": self.resume_from,
+        }
+
+
+@dataclass
+class Plan:
+    """The stages in an order in which parents come first, and the variants that they serve."""
+
+    stages: dict[str, Stage]
+    variants: list[Variant]
+    segments: dict[str, list[str]]  # variant name -> its segment stages, root to end
+    evals: dict[str, dict[str, str]]  # variant name -> task -> stage, of its last state
+    pretrained_evals: dict[str, dict[str, str]]  # the same of the state that its anneal forks from
+    pretrained_stage: dict[str, str]  # variant name -> the segment stage that ends in that state
+
+    @property
+    def to_do(self) -> list[Stage]:
+        """Stages to run: not done, and asked for by an end, or by an evaluation that is not done."""
+        return [stage for stage in self.stages.values() if stage.needed]
+
+    def tokens(self) -> dict[str, int]:
+        """unshared: every variant trained alone; shared: the tree counted once; to_train: what the store lacks."""
+        segments = [stage for stage in self.stages.values() if stage.kind == "segment"]
+        return {
+            "to_train": sum(stage.to_train for stage in segments),
+            "shared": sum(stage.tokens for stage in segments),
+            "unshared": sum(variant.chain.tokens for variant in self.variants),
+        }
+
+    def train_flops(self) -> dict[str, float]:
+        """FLOPs of training, as `tokens` counts them."""
+        segments = [stage for stage in self.stages.values() if stage.kind == "segment"]
+        return {
+            "to_train": sum(stage.to_train * stage.flops_per_token for stage in segments),
+            "shared": sum(stage.tokens * stage.flops_per_token for stage in segments),
+            "unshared": sum(v.chain.tokens * v.flops_per_token["train"] for v in self.variants),
+        }
+
+    def disk_bytes(self) -> int:
+        """Upper estimate of what the stages to do will write and keep: states with optimizer, corpora, packings."""
+        total = 0
+        for stage in self.to_do:
+            if stage.kind == "segment":
+                rolling = stage.request["checkpoint"]["rolling"]
+                kept = len([t for t in stage.request["keep"] if (stage.start or 0) < t <= (stage.to or 0)])
+                total += (kept + rolling) * STATE_BYTES_PER_PARAMETER * stage.parameters
+            elif stage.kind in ("corpus", "packing"):
+                total += stage.tokens_bound * BYTES_PER_TOKEN
+        return total
+
+    def ends(self, phase_of_anneal: bool) -> set[str]:
+        """Segment stages in which anneals end (True), or the states that they fork from, or ends without an anneal."""
+        found = set()
+        for variant in self.variants:
+            if variant.run.anneal is not None and phase_of_anneal:
+                found.add(self.segments[variant.name][-1])
+            elif variant.run.anneal is not None:
+                found.add(self.pretrained_stage[variant.name])
+            elif not phase_of_anneal:
+                found.add(self.segments[variant.name][-1])
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "variants": len(self.variants),
+            "pretrainings": len(self.ends(phase_of_anneal=False)),
+            "anneals": len(self.ends(phase_of_anneal=True)),
+            "stages": [stage.to_json() for stage in self.stages.values()],
+            "tokens": self.tokens(),
+            "train_flops": self.train_flops(),
+            "disk_bytes": self.disk_bytes(),
+            "ledger": [
+                {"variant": variant.name, **ledger_of(variant, bins_known(self, variant, None)).to_json()}
+                for variant in self.variants
+            ],
+        }
+
+
+def build(variants: list[Variant], store: Store) -> Plan:
+    """The plan of resolved variants against a store, which may be empty.
+
+    Raises ConfigError when a source runs out of windows within its epoch cap, as far as that can be known now.
+    """
+    stages: dict[str, Stage] = {}
+    plan = Plan(stages, variants, {}, {}, {}, {})
+    cuts = _cuts(variants)
+    for variant in variants:
+        for data in variant.data:
+            _add_data(stages, data, variant)
+        _add_segments(plan, variant, cuts)
+        _add_evals(plan, variant)
+    ordered = _parents_first(stages)
+    stages.clear()
+    stages.update(ordered)
+    _mark_cached(stages, store)
+    _mark_needed(plan)
+    return plan
+
+
+def check_sources(plan: Plan, store: Store | None) -> None:
+    """Refuse mixes that run out: exact where packings are built (store), else bounded by their bytes.
+
+    Raises ConfigError naming source, need and supply.
+    """
+    problems = Problems()
+    for variant in plan.variants:
+        problems.extend(ledger_of(variant, bins_known(plan, variant, store)).problems())
+    problems.raise_if_any()
+
+
+def bins_known(plan: Plan, variant: Variant, store: Store | None) -> dict[str, ledger.Supply]:
+    """Packing id -> how many windows it has, exactly if it is built, else at most."""
+    supplies = {}
+    for packing, name in variant.sources.items():
+        manifest = None
+        if store is not None:
+            result = store.folder("packing", packing).result
+            manifest = read_json(result / "manifest.json") if result is not None else None
+        exact = manifest is not None
+        bins = manifest["bins"] if manifest is not None else variant.source_bounds[packing] // variant.run.seq_len
+        supplies[packing] = ledger.Supply(name, bins, exact, variant.epoch_caps[packing])
+    return supplies
+
+
+def ledger_of(variant: Variant, supplies: dict[str, ledger.Supply]) -> ledger.Ledger:
+    """Tokens and epochs per source over the variant's chain."""
+    chain = [(segment.id, segment.semantic) for segment in variant.chain.segments]
+    return ledger.Ledger.of(chain, variant.chain.tokens, supplies)
+
+
+def _cuts(variants: Iterable[Variant]) -> dict[str, list[int]]:
+    """Trajectory id -> every token count that some variant needs, ascending."""
+    cuts: dict[str, set[int]] = {}
+    for variant in variants:
+        for index, segment in enumerate(variant.chain.segments):
+            wanted = cuts.setdefault(segment.id, set())
+            wanted.add(segment.to)
+            wanted.update(e.tokens for e in variant.evals if e.segment == index)
+    return {id: sorted(tokens) for id, tokens in cuts.items()}
+
+
+def _add_data(stages: dict[str, Stage], data: DataStage, variant: Variant) -> None:
+    id = short(data.id)
+    if id not in stages:
+        stages[id] = Stage(
+            id=id,
+            kind=data.kind,
+            full_id=data.id,
+            semantic=data.semantic,
+            parents=[short(parent) for _, parent in data.parents],
+            label=f"{data.kind} {data.source}" if data.source else data.kind,
+            request={"threads": variant.run.parallelism.threads},
+            tokens_bound=data.tokens_bound,
+        )
+    _serve(stages[id], variant)
+
+
+def _add_segments(plan: Plan, variant: Variant, cuts: dict[str, list[int]]) -> None:
+    ids: list[str] = []
+    previous: str | None = None
+    pretrained = variant.pretrained
+    data = [short(stage.id) for stage in variant.data if stage.kind in ("tokenizer", "packing")]
+    for index, segment in enumerate(variant.chain.segments):
+        begin = segment.start
+        for cut in (tokens for tokens in cuts[segment.id] if tokens <= segment.to):
+            id = f"{short(segment.id)}@{cut}"
+            if id not in plan.stages:
+                plan.stages[id] = _segment_stage(id, segment, begin, cut, previous, data, variant, cuts)
+            _serve(plan.stages[id], variant)
+            ids.append(id)
+            if pretrained is not None and index == pretrained.last_segment and cut == pretrained.to:
+                plan.pretrained_stage[variant.name] = id
+            previous, begin = id, cut
+    plan.segments[variant.name] = ids
+
+
+def _segment_stage(
+    id: str,
+    segment: Segment,
+    begin: int,
+    cut: int,
+    previous: str | None,
+    data: list[str],
+    variant: Variant,
+    cuts: dict[str, list[int]],
+) -> Stage:
+    run = variant.run
+    keep = set(cuts[segment.id]) | (
+        ladder(segment.start, cut, segment.semantic["batch"][-1]["tokens"]) if run.checkpoint.ladder else set()
+    )
+    label = segment.phase if segment.phase == "anneal" else f"{segment.phase}{'' if segment.is_open else ' decay'}"
+    name = variant.row if segment.phase == "anneal" else variant.arch
+    return Stage(
+        id=id,
+        kind="segment",
+        full_id=segment.id,
+        semantic=segment.semantic,
+        parents=[previous] if previous is not None else data,
+        phase=segment.phase,
+        label=f"{name} {label}",
+        start=begin,
+        to=cut,
+        tokens=cut - begin,
+        request={
+            "to": cut,
+            "keep": sorted(keep),
+            "micro_batch": run.execution.micro_batch,
+            "threads": run.parallelism.threads,
+            "device": run.execution.device,
+            "kernels": run.kernels.backend,
+            "deterministic": run.execution.deterministic,
+            "log_every": run.execution.log_every,
+            "checkpoint": {"every_seconds": run.checkpoint.every_seconds, "rolling": run.checkpoint.rolling},
+            "logger": {
+                "kind": run.logger.kind,
+                "project": run.logger.project,
+                "entity": run.logger.entity,
+                "name": f"{name} {label}",
+            },
+            "retry_diverged": run.execution.retry_diverged,
+        },
+        flops_per_token=variant.flops_per_token["train"],
+        parameters=variant.parameters["total"],
+    )
+
+
+def ladder(start: int, to: int, step: int) -> set[int]:
+    """Token counts of the ladder of kept states: 1, 2, 5 · 10^k steps of a segment, and each 10 % up to its target."""
+    found = {round_up(start + (to - start) * tenth // 10, step) for tenth in range(1, 11)}
+    power = 1
+    while start + power * step < to:
+        found |= {start + k * power * step for k in (1, 2, 5) if start + k * power * step < to}
+        power *= 10
+    return {tokens for tokens in found if start < tokens <= to}
+
+
+def _add_evals(plan: Plan, variant: Variant) -> None:
+    plan.evals[variant.name] = {}
+    plan.pretrained_evals[variant.name] = {}
+    last = len(variant.chain.segments) - 1
+    for one in variant.evals:
+        id = short(one.id)
+        segment = variant.chain.segments[one.segment]
+        if id not in plan.stages:
+            plan.stages[id] = _eval_stage(id, one, segment, variant)
+        _serve(plan.stages[id], variant)
+        is_end = one.segment == last and one.tokens == segment.to
+        (plan.evals if is_end else plan.pretrained_evals)[variant.name][one.task] = id
+
+
+def _eval_stage(id: str, one: EvalStage, segment: Segment, variant: Variant) -> Stage:
+    run = variant.run
+    at_end = one.segment == len(variant.chain.segments) - 1
+    name = variant.row if at_end and variant.run.anneal is not None else f"{variant.arch}@{segment.phase}"
+    return Stage(
+        id=id,
+        kind="eval",
+        full_id=one.id,
+        semantic=one.semantic,
+        parents=[f"{short(segment.id)}@{one.tokens}", *(short(parent) for _, parent in one.parents)],
+        phase=segment.phase,
+        label=f"{name} {one.task}",
+        request={
+            "threads": run.parallelism.threads,
+            "device": run.execution.device,
+            "kernels": run.kernels.backend,
+            "deterministic": run.execution.deterministic,
+            "eval": {"batch_size": run.eval.batch_size, **one.request},
+        },
+        flops_per_token=variant.flops_per_token["forward"],
+    )
+
+
+def _serve(stage: Stage, variant: Variant) -> None:
+    if variant.name not in stage.variants:
+        stage.variants.append(variant.name)
+
+
+def _parents_first(stages: dict[str, Stage]) -> dict[str, Stage]:
+    """Kinds in the order of work, each variant's chain together; parents always before children."""
+    ordered: dict[str, Stage] = {}
+
+    def visit(id: str) -> None:
+        if id in ordered:
+            return
+        for parent in stages[id].parents:
+            visit(parent)
+        ordered[id] = stages[id]
+
+    for kind in ("tokenizer", "corpus", "packing", "tasks", "segment", "eval"):
+        for id, stage in stages.items():
+            if stage.kind == kind:
+                visit(id)
+    return ordered
+
+
+def _mark_cached(stages: dict[str, Stage], store: Store) -> None:
+    """A result or state in its place is the only truth about completion."""
+    for stage in stages.values():
+        kind = "trajectory" if stage.kind == "segment" else stage.kind
+        folder = store.folder(kind, stage.full_id)
+        if stage.kind == "segment":
+            assert stage.to is not None
+            stage.cached = folder.state(stage.to) is not None
+            earlier = [tokens for tokens in folder.states() if (stage.start or 0) < tokens < stage.to]
+            stage.resume_from = max(earlier) if earlier and not stage.cached else None
+            found = folder.diverged()
+            if not stage.cached and found is not None and found["tokens"] <= stage.to:
+                stage.diverged = found
+        else:
+            stage.cached = folder.result is not None
+        if folder.path.exists():
+            found_semantic = folder.semantic()
+            if found_semantic != stage.semantic:
+                raise ConfigError(
+                    f"{folder.path} holds another {kind} than the one planned, under the same id. "
+                    "The folder was altered: remove it."
+                )
+
+
+def _mark_needed(plan: Plan) -> None:
+    """Pull from the ends: what is asked for and not done is needed, and so are its parents.
+
+    A variant with evaluations asks for them (its state may be gone once it is scored), one without for its end.
+    """
+
+    def need(id: str) -> None:
+        stage = plan.stages[id]
+        if stage.cached or stage.needed:
+            return
+        stage.needed = True
+        if stage.resume_from is None:
+            for parent in stage.parents:
+                need(parent)
+
+    for variant in plan.variants:
+        wanted = [*plan.evals[variant.name].values(), *plan.pretrained_evals[variant.name].values()]
+        for id in wanted or [plan.segments[variant.name][-1]]:
+            need(id)
+    # A segment reads its streams' packings whether it starts anew or resumes.
+    for stage in list(plan.stages.values()):
+        if stage.kind == "segment" and stage.needed:
+            for name in stage.variants:
+                variant = next(v for v in plan.variants if v.name == name)
+                for data in variant.data:
+                    if data.kind in ("tokenizer", "packing"):
+                        need(short(data.id))

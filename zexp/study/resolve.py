@@ -1,0 +1,371 @@
+"""A composed config to a resolved variant: its model, its data stages, its chain of segments, its evaluations.
+
+Everything is looked up and checked here, before anything starts: the mistakes of all variants are reported together.
+What many variants share (sources, tokenizers, models) is resolved once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from zexp.blocks import resolve as blocks_resolve
+from zexp.calc import model as calc_model
+from zexp.config.errors import ConfigError, Problems
+from zexp.config.schema import Corpus, Mix, MixSource, Run, Source
+from zexp.data import recipe
+from zexp.evaluate import plan as evaluate_plan
+from zexp.store.ids import semantic_id
+from zexp.study import variants
+from zexp.train import phases
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One composed config, the group choices and axes that name it, and the overrides that made it."""
+
+    config: DictConfig
+    choices: dict[str, str | None]
+    axes: dict[str, Any]
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class DataStage:
+    """A tokenizer, corpus, packing or tasks stage. source: the name that the user gave it."""
+
+    kind: str
+    id: str
+    semantic: dict[str, Any]
+    parents: list[tuple[str, str]]
+    source: str | None = None
+    tokens_bound: int = 0
+
+
+@dataclass(frozen=True)
+class EvalStage:
+    """One task on one state: index of the segment whose end is scored, and its tokens."""
+
+    id: str
+    semantic: dict[str, Any]
+    task: str
+    segment: int
+    tokens: int
+    parents: list[tuple[str, str]]
+    request: dict[str, Any]
+
+
+@dataclass
+class Variant:
+    """One resolved variant of a study."""
+
+    name: str
+    row: str
+    axes: dict[str, Any]
+    arch: str
+    anneal: str | None
+    overrides: list[str]
+    run: Run
+    model: dict[str, Any]
+    parameters: dict[str, int]
+    flops_per_token: dict[str, float]
+    chain: phases.Chain
+    data: list[DataStage]
+    evals: list[EvalStage]
+    sources: dict[str, str]  # packing id -> the source's name
+    source_bounds: dict[str, int]  # packing id -> upper bound of its tokens, known before it is built
+    epoch_caps: dict[str, int | None]  # packing id -> max_epochs
+
+    @property
+    def seed(self) -> int:
+        return self.run.seed
+
+    @property
+    def pretrained(self) -> phases.PhaseSpan | None:
+        """The phase that the anneal forks from, if there is an anneal."""
+        return self.chain.phases[-2] if self.run.anneal is not None else None
+
+
+@dataclass
+class Resolver:
+    """Resolves variants of one study; memoises what they share.
+
+    store_root: for the caches of file digests and task names; directory: what relative paths are relative to.
+    """
+
+    store_root: Path
+    directory: Path
+    _sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _models: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, int], dict[str, float]]] = field(default_factory=dict)
+    _tasks: dict[str, list[evaluate_plan.PlannedTask]] = field(default_factory=dict)
+
+    def variants(self, composed: list[Composed]) -> list[Variant]:
+        """All variants. Raises ConfigError with every mistake of every variant, and for two of one name."""
+        problems = Problems()
+        result: list[Variant] = []
+        for one in composed:
+            try:
+                result.append(self.variant(one))
+            except ConfigError as error:
+                problems.extend(error.problems)
+        problems.raise_if_any()
+        seen: dict[str, Variant] = {}
+        for variant in result:
+            if variant.name in seen:
+                problems.add(f"two variants are both named {variant.name!r}. Give the axis that tells them apart in the grid or arms.")
+            seen[variant.name] = variant
+        problems.raise_if_any()
+        return result
+
+    def variant(self, composed: Composed) -> Variant:
+        """One variant, checked whole. Raises ConfigError with all its mistakes."""
+        run = run_of(composed.config)
+        problems = Problems()
+        _check_execution(run, problems)
+        sources = _sources_of(run, problems)
+        model = self._collect(problems, lambda: self._model(run))
+        data = self._collect(problems, lambda: self._data(run, sources))
+        problems.raise_if_any()
+        assert model is not None and data is not None
+        resolved_model, model_numerics, parameters, flops = model
+        tokenizer, corpora, packings = data
+        packing_ids = {name: stage.id for name, stage in packings.items()}
+        chain = self._collect(
+            problems,
+            lambda: phases.compile_chain(
+                run,
+                model=resolved_model,
+                model_numerics=model_numerics,
+                tokenizer=tokenizer.id,
+                packing=lambda name, _source: packing_ids[name],
+            ),
+        )
+        planned = self._collect(problems, lambda: self._planned_tasks(run, corpora, tokenizer))
+        problems.raise_if_any()
+        assert chain is not None and planned is not None
+        used = {e["packing"] for s in chain.segments for e in s.semantic["streams"] if "packing" in e}
+        by_packing = {stage.id: name for name, stage in packings.items() if stage.id in used}
+        arch = composed.choices.get("arch") or "arch"
+        anneal = composed.choices.get("anneal") if run.anneal is not None else None
+        variant = Variant(
+            name=variants.name_of(composed.axes, arch, anneal),
+            row=variants.row_of(composed.axes, arch, anneal),
+            axes=dict(composed.axes),
+            arch=arch,
+            anneal=anneal,
+            overrides=composed.overrides,
+            run=run,
+            model=resolved_model,
+            parameters=parameters,
+            flops_per_token=flops,
+            chain=chain,
+            data=[],
+            evals=[],
+            sources=by_packing,
+            source_bounds={id: packings[name].tokens_bound for id, name in by_packing.items()},
+            epoch_caps={id: _epoch_cap(run, name) for id, name in by_packing.items()},
+        )
+        tasks = self._evals(variant, planned)
+        corpus_ids = {parent for id in used for _, parent in packings[by_packing[id]].parents}
+        corpus_ids |= {id for stage in tasks for kind, id in stage.parents if kind == "corpus"}
+        variant.data = [
+            tokenizer,
+            *(stage for stage in corpora.values() if stage.id in corpus_ids),
+            *(packings[name] for name in by_packing.values()),
+            *tasks,
+        ]
+        return variant
+
+    def _collect(self, problems: Problems, resolve: Any) -> Any:
+        try:
+            return resolve()
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+
+    def _model(self, run: Run) -> tuple[dict[str, Any], dict[str, int], dict[str, int], dict[str, float]]:
+        arch = {
+            "pattern": run.arch.pattern,
+            "width": run.arch.width,
+            "tie_embeddings": run.arch.tie_embeddings,
+            "norm": {"kind": run.arch.norm.kind, "eps": run.arch.norm.eps},
+            "blocks": run.arch.blocks,
+        }
+        vocab = run.corpus.tokenizer.vocab_size
+        key = json.dumps([arch, vocab, run.seq_len], sort_keys=True)
+        if key not in self._models:
+            model = blocks_resolve.resolve_model(arch, vocab)
+            self._models[key] = (
+                model,
+                blocks_resolve.numerics(model),
+                calc_model.parameters(model),
+                calc_model.flops_per_token(model, run.seq_len),
+            )
+        return self._models[key]
+
+    def _source(self, name: str, source: Source, key: str) -> dict[str, Any]:
+        keys = {k: getattr(source, k) for k in Source.__dataclass_fields__}
+        memo = json.dumps([name, keys], sort_keys=True)
+        if memo not in self._sources:
+            self._sources[memo] = recipe.source_semantic(
+                name, keys, store_root=self.store_root, directory=self.directory, key=key
+            )
+        return self._sources[memo]
+
+    def _data(
+        self, run: Run, sources: dict[str, tuple[Source, str]]
+    ) -> tuple[DataStage, dict[str, DataStage], dict[str, DataStage]]:
+        """The tokenizer's, the corpora's and the packings' stages; the last two by source name."""
+        problems = Problems()
+        semantics: dict[str, dict[str, Any]] = {}
+        for name, (source, key) in sources.items():
+            try:
+                semantics[name] = self._source(name, source, key)
+            except ConfigError as error:
+                problems.extend(error.problems)
+        problems.raise_if_any()
+        corpus = _plain(run.corpus)
+        own = {name: semantics[name] for name in run.corpus.sources}
+        tokenizer_semantic = recipe.tokenizer_semantic(corpus, own)
+        tokenizer = DataStage("tokenizer", semantic_id(tokenizer_semantic), tokenizer_semantic, [])
+        corpora: dict[str, DataStage] = {}
+        packings: dict[str, DataStage] = {}
+        for name, semantic in semantics.items():
+            bound = recipe.tokens_bound(semantic)
+            made = recipe.corpus_semantic(corpus, semantic, tokenizer.id)
+            corpora[name] = DataStage("corpus", semantic_id(made), made, [("tokenizer", tokenizer.id)], name, bound)
+            packed = recipe.packing_semantic(corpus, corpora[name].id, run.seq_len)
+            packings[name] = DataStage("packing", semantic_id(packed), packed, [("corpus", corpora[name].id)], name, bound)
+        return tokenizer, corpora, packings
+
+    def _planned_tasks(
+        self, run: Run, corpora: dict[str, DataStage], tokenizer: DataStage
+    ) -> list[evaluate_plan.PlannedTask]:
+        node = {
+            "tasks": list(run.eval.tasks),
+            "context_tokens": run.eval.context_tokens,
+            "limit": run.eval.limit,
+            "batch_size": run.eval.batch_size,
+        }
+        key = json.dumps([node, run.seq_len, tokenizer.id, {n: s.id for n, s in corpora.items()}], sort_keys=True)
+        if key not in self._tasks:
+            infos = {
+                name: evaluate_plan.SourceInfo(semantic=stage.semantic["source"], corpus=stage.id)
+                for name, stage in corpora.items()
+            }
+            self._tasks[key] = evaluate_plan.plan_tasks(
+                node,
+                sources=infos,
+                tokenizer=tokenizer.id,
+                seq_len=run.seq_len,
+                directory=self.directory,
+                cache=self.store_root / "cache",
+            )
+        return self._tasks[key]
+
+    def _evals(self, variant: Variant, planned: list[evaluate_plan.PlannedTask]) -> list[DataStage]:
+        """Fill variant.evals for its pretrained and its last state; the tasks stages that they need."""
+        states = [variant.chain.phases[-1]]
+        if variant.pretrained is not None:
+            states.insert(0, variant.pretrained)
+        stages: dict[str, DataStage] = {}
+        for task in planned:
+            tasks_id = None
+            if task.documents is not None:
+                tasks_id = semantic_id(task.documents)
+                stages[tasks_id] = DataStage("tasks", tasks_id, task.documents, list(task.parents), task.name)
+            for span in states:
+                segment = variant.chain.segments[span.last_segment]
+                semantic = evaluate_plan.eval_semantic(task, tasks_id, {"id": segment.id, "tokens": span.to})
+                parents = [("tasks", tasks_id)] if tasks_id is not None else []
+                variant.evals.append(
+                    EvalStage(
+                        semantic_id(semantic), semantic, task.name, span.last_segment, span.to, parents, dict(task.request)
+                    )
+                )
+        return list(stages.values())
+
+
+def run_of(config: DictConfig) -> Run:
+    """The typed Run of a composed config. Raises ConfigError naming a key that has no value."""
+    typed = OmegaConf.merge(OmegaConf.structured(Run), config)
+    try:
+        run = OmegaConf.to_object(typed)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key or 'a key'} has no value. Set it.") from error
+    assert isinstance(run, Run)
+    return run
+
+
+def _plain(corpus: Corpus) -> dict[str, Any]:
+    plain = OmegaConf.to_container(OmegaConf.structured(corpus), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _mixes(run: Run) -> list[tuple[str, Mix]]:
+    """The mixes that a phase reads, with their keys; the root's only if one does."""
+    found: list[tuple[str, Mix]] = []
+    for name, phase in run.phases.items():
+        found.append((f"phases.{name}.mix", phase.mix) if phase.mix is not None else ("mix", run.mix))
+    if run.anneal is not None and run.anneal.replay.fraction < 1.0:
+        found.append(("anneal.mix", run.anneal.mix) if run.anneal.mix is not None else ("mix", run.mix))
+    return found
+
+
+def _sources_of(run: Run, problems: Problems) -> dict[str, tuple[Source, str]]:
+    """Name -> (definition, key), of corpus.sources and of the mixes' own. One name with two definitions is an error."""
+    sources: dict[str, tuple[Source, str]] = {
+        name: (source, f"corpus.sources.{name}") for name, source in run.corpus.sources.items()
+    }
+    if not run.corpus.sources:
+        problems.add("corpus.sources is empty. The tokenizer is trained on them: name at least one source.")
+    for key, mix in _mixes(run):
+        for name, source in mix.sources.items():
+            own = f"{key}.sources.{name}"
+            if source.kind is None:
+                if name not in sources:
+                    problems.add(
+                        f"{own} names no source of corpus.sources ({', '.join(run.corpus.sources) or 'none'}) and has no "
+                        "`kind` of its own. Correct the name, or define it here."
+                    )
+            elif name in sources and not _same_source(sources[name][0], source):
+                problems.add(f"{own} and {sources[name][1]} define one name differently. Rename one.")
+            else:
+                sources.setdefault(name, (source, own))
+    return sources
+
+
+def _same_source(one: Source, other: Source) -> bool:
+    return all(getattr(one, key) == getattr(other, key) for key in Source.__dataclass_fields__)
+
+
+def _epoch_cap(run: Run, name: str) -> int | None:
+    """The smallest cap that a mix of the run puts on a source."""
+    caps = [mix.sources[name].max_epochs for _, mix in _mixes(run) if name in mix.sources]
+    given = [cap for cap in caps if cap is not None]
+    return min(given) if given else None
+
+
+def _check_execution(run: Run, problems: Problems) -> None:
+    if run.seq_len <= 0:
+        problems.add(f"seq_len = {run.seq_len} must be above 0.")
+    if run.execution.micro_batch <= 0:
+        problems.add(f"execution.micro_batch = {run.execution.micro_batch} must be above 0.")
+    if run.parallelism.threads <= 0:
+        problems.add(f"parallelism.threads = {run.parallelism.threads} must be above 0.")
+    if run.execution.log_every <= 0:
+        problems.add(f"execution.log_every = {run.execution.log_every} must be above 0.")
+    if run.checkpoint.rolling < 1:
+        problems.add(f"checkpoint.rolling = {run.checkpoint.rolling} must be 1 or more: a killed stage resumes from it.")
+    if run.execution.device not in ("auto", "cpu", "cuda"):
+        problems.add(f"execution.device = {run.execution.device!r}; it is auto, cpu or cuda.")
+    if run.logger.kind not in ("jsonl", "wandb"):
+        problems.add(f"logger.kind = {run.logger.kind!r}; it is jsonl or wandb.")
+    if run.kernels.backend not in ("auto", "torch", "fused"):
+        problems.add(f"kernels.backend = {run.kernels.backend!r}; it is auto, torch or fused.")
