@@ -1,0 +1,3 @@
+"""zexp: ablation studies of small hybrid language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Where results lie: ids, files that appear whole, leases, stage folders. No torch."""
