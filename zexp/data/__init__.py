@@ -1,0 +1,1 @@
+"""Sources, tokenizers, corpora, packings, and the order in which training reads them."""
