@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.chains import L, chains, child, fresh, items_of, read, read_so_far, replay, root
+from tests.data.chains import (
+    L,
+    chains,
+    child,
+    fresh,
+    items_of,
+    read,
+    read_so_far,
+    replay,
+    root,
+)
 from zexp.data.stream import Segment, Stream, Window
 
 

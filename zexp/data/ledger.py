@@ -7,22 +7,36 @@ A token is a label: a window of seq_len labels counts seq_len.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from zexp.data import order
 from zexp.data.stream import Span, Stream
 
 
 @dataclass(frozen=True)
+class Supply:
+    """What there is of a packing, and how often it may be read."""
+
+    name: str  # of the source
+    bins: int  # exact, or an upper bound from the source's bytes
+    exact: bool
+    max_epochs: int | None
+
+
+@dataclass(frozen=True)
 class Account:
     """One packing's part in a trajectory."""
 
+    name: str
     packing: str
     tokens: int  # labels read, repeats included
     unique: int  # labels of distinct bins
     replayed: int  # labels that came by way of a replay
-    epochs: float  # tokens / the packing's tokens
+    epochs: float  # tokens / the packing's tokens; where the supply is a bound, at least this
+    seq_len: int
+    exact: bool
 
     @property
     def repeated(self) -> int:
@@ -37,7 +51,7 @@ class SegmentAccount:
     id: str
     tokens: int
     replayed: int
-    tokens_of: Mapping[str, int]  # by packing
+    tokens_of: Mapping[str, int]  # by source
 
     @property
     def replay_fraction(self) -> float:
@@ -47,85 +61,108 @@ class SegmentAccount:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The accounts of a whole chain up to a token count."""
+    """The accounts of a whole chain up to a token count, packings by name."""
 
-    packings: Mapping[str, Account]
+    supplies: Mapping[str, Supply]  # by packing id
+    packings: tuple[Account, ...]
     segments: tuple[SegmentAccount, ...]
+
+    @classmethod
+    def of(
+        cls, chain: Sequence[tuple[str, Mapping[str, Any]]], tokens: int, supplies: Mapping[str, Supply]
+    ) -> Ledger:
+        """Everything that a chain of (id, semantic block), root first, has read when it stands at `tokens`."""
+        stream = Stream(chain)
+        seq_lens = [semantic["seq_len"] for _, semantic in chain]
+        seq_len_of: dict[str, int] = {}  # a packing is of one length
+        spans: dict[str, list[Span]] = defaultdict(list)
+        by_segment: list[list[Span]] = [[] for _ in chain]
+        for position, span in stream.history(tokens):
+            spans[span.packing].append(span)
+            by_segment[position].append(span)
+            seq_len_of[span.packing] = seq_lens[position]
+        accounts = [
+            Account(
+                name=supplies[packing].name,
+                packing=packing,
+                tokens=_length(read) * seq_len_of[packing],
+                unique=distinct_bins(read, supplies[packing].bins) * seq_len_of[packing],
+                replayed=_length(span for span in read if span.replayed) * seq_len_of[packing],
+                epochs=_length(read) / max(1, supplies[packing].bins),
+                seq_len=seq_len_of[packing],
+                exact=supplies[packing].exact,
+            )
+            for packing, read in spans.items()
+        ]
+        segments = tuple(
+            SegmentAccount(
+                id=id_,
+                tokens=_length(read) * seq_len,
+                replayed=_length(span for span in read if span.replayed) * seq_len,
+                tokens_of=_tokens_of(read, seq_len, supplies),
+            )
+            for (id_, _), read, seq_len in zip(chain, by_segment, seq_lens, strict=True)
+        )
+        accounts.sort(key=lambda account: (account.name, account.packing))
+        return cls(supplies, tuple(accounts), segments)
 
     @property
     def tokens(self) -> int:
         """Labels read in all."""
         return sum(segment.tokens for segment in self.segments)
 
+    def problems(self) -> list[str]:
+        """What a plan must refuse: sources that are too short for one sequence or would be read too often."""
+        problems = []
+        for account in self.packings:
+            supply = self.supplies[account.packing]
+            if supply.bins == 0:
+                problems.append(
+                    f"source {supply.name}: it has less than one sequence of {account.seq_len} tokens. "
+                    "Give it more text, or lower seq_len."
+                )
+            elif supply.max_epochs is not None and account.epochs > supply.max_epochs:
+                has = f"{'' if supply.exact else 'at most '}{supply.bins * account.seq_len:,} tokens"
+                problems.append(
+                    f"source {supply.name}: the run reads {account.tokens:,} tokens of it, which is "
+                    f"{account.epochs:.3g} epochs; it has {has} and max_epochs is {supply.max_epochs}. "
+                    "Train shorter, lower its weight, add text, or raise max_epochs (null: no cap)."
+                )
+        return problems
 
-@dataclass(frozen=True)
-class Cap:
-    """How often a packing may be read. bins: exact when `built`, else an upper bound from the source's bytes."""
-
-    name: str
-    bins: int
-    max_epochs: int | None
-    built: bool
-
-
-def ledger(stream: Stream, tokens: int, bins: Mapping[str, int]) -> Ledger:
-    """Everything that `stream`'s chain has read when its last segment stands at `tokens`.
-
-    bins: per packing, its number of bins (all of them at least 1).
-    """
-    seq_len = stream.seq_len
-    spans: dict[str, list[Span]] = defaultdict(list)
-    by_segment: list[list[Span]] = [[] for _ in stream.ids]
-    for position, span in stream.history(tokens):
-        spans[span.packing].append(span)
-        by_segment[position].append(span)
-    accounts = {
-        packing: Account(
-            packing=packing,
-            tokens=_length(read) * seq_len,
-            unique=distinct_bins(read, bins[packing]) * seq_len,
-            replayed=_length(span for span in read if span.replayed) * seq_len,
-            epochs=_length(read) / bins[packing],
-        )
-        for packing, read in sorted(spans.items())
-    }
-    segments = tuple(
-        SegmentAccount(
-            id=id_,
-            tokens=_length(read) * seq_len,
-            replayed=_length(span for span in read if span.replayed) * seq_len,
-            tokens_of=_tokens_of(read, seq_len),
-        )
-        for id_, read in zip(stream.ids, by_segment, strict=True)
-    )
-    return Ledger(accounts, segments)
-
-
-def check(stream: Stream, tokens: int, caps: Mapping[str, Cap]) -> list[str]:
-    """What a plan must refuse: packings that would be read more often than their cap allows, one text each."""
-    read: dict[str, int] = defaultdict(int)
-    for _, span in stream.history(tokens):
-        read[span.packing] += span.stop - span.first
-    problems = []
-    for packing, windows in sorted(read.items()):
-        cap = caps[packing]
-        if cap.bins == 0:
-            problems.append(
-                f"source {cap.name}: it has less than one sequence of {stream.seq_len} tokens. "
-                "Give it more text, or lower seq_len."
-            )
-        elif cap.max_epochs is not None and windows > cap.bins * cap.max_epochs:
-            has = f"{'' if cap.built else 'at most '}{cap.bins * stream.seq_len:,} tokens"
-            problems.append(
-                f"source {cap.name}: the run reads {windows * stream.seq_len:,} tokens of it, which is "
-                f"{windows / cap.bins:.3g} epochs; it has {has} and max_epochs is {cap.max_epochs}. "
-                "Train shorter, lower its weight, add text, or raise max_epochs (null: no cap)."
-            )
-    return problems
+    def to_json(self) -> dict[str, Any]:
+        """{"sources": [...], "segments": [...]}, for plan --json and variants.json."""
+        return {
+            "sources": [
+                {
+                    "name": account.name,
+                    "packing": account.packing,
+                    "tokens": account.tokens,
+                    "unique": account.unique,
+                    "repeated": account.repeated,
+                    "replayed": account.replayed,
+                    "epochs": account.epochs,
+                    "exact": account.exact,
+                }
+                for account in self.packings
+            ],
+            "segments": [
+                {
+                    "id": segment.id,
+                    "tokens": segment.tokens,
+                    "replayed": segment.replayed,
+                    "replay_fraction": segment.replay_fraction,
+                    "sources": dict(segment.tokens_of),
+                }
+                for segment in self.segments
+            ],
+        }
 
 
 def distinct_bins(spans: Iterable[Span], bins: int) -> int:
-    """How many different bins the spans read, exactly."""
+    """How many different bins of one packing the spans read, exactly; 0 where there are no bins."""
+    if bins == 0:
+        return 0
     by_epoch: dict[tuple[int, int], int] = defaultdict(int)
     parts: list[tuple[int, int, int, int]] = []  # (seed, epoch, first, stop)
     packing = ""
@@ -162,8 +199,8 @@ def _length(spans: Iterable[Span]) -> int:
     return sum(span.stop - span.first for span in spans)
 
 
-def _tokens_of(spans: Iterable[Span], seq_len: int) -> dict[str, int]:
+def _tokens_of(spans: Iterable[Span], seq_len: int, supplies: Mapping[str, Supply]) -> dict[str, int]:
     tokens: dict[str, int] = defaultdict(int)
     for span in spans:
-        tokens[span.packing] += (span.stop - span.first) * seq_len
+        tokens[supplies[span.packing].name] += (span.stop - span.first) * seq_len
     return dict(sorted(tokens.items()))

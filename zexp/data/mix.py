@@ -4,42 +4,43 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from zexp.config.errors import ConfigError
 
-PERIOD = 4096  # weights are quantised to k/4096
+PARTS = 4096  # weights are quantised to k/4096
 NUMERICS = {"data.mix": 1}
 
 
-def quantise(weights: Mapping[str, float], key: str = "mix.sources") -> dict[str, int]:
-    """Relative weights as whole 4096ths that sum to 4096, by largest remainder; ties go to the first name.
+def quantise(weights: Sequence[float], names: Sequence[str] | None = None) -> list[int]:
+    """Relative weights as whole 4096ths that sum to 4096, by largest remainder; ties go to the first.
 
+    names: what to call each of them in an error (mix.sources.base.weight); without, weights[0], weights[1] ...
     Raises ConfigError, naming everything that is wrong, for no source at all, a weight that is negative or not
     finite, weights that sum to 0, and a positive weight too small for one 4096th.  A weight of 0 stays 0.
     """
+    names = names or [f"weights[{position}]" for position in range(len(weights))]
     problems = [
-        f"{key}.{name}.weight = {weight!r}: a weight is a number of at least 0."
-        for name, weight in weights.items()
+        f"{name} = {weight!r}: a weight is a number of at least 0."
+        for name, weight in zip(names, weights, strict=True)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf
     ]
     if problems:
         raise ConfigError(problems)
-    total = math.fsum(weights.values())
+    total = math.fsum(weights)
     if not total > 0:
-        found = "no source" if not weights else f"only sources of weight 0 ({', '.join(sorted(weights))})"
-        raise ConfigError(f"{key} has {found}. Give at least one source a positive weight.")
-    exact = {name: weight / total * PERIOD for name, weight in weights.items()}
-    parts = {name: math.floor(share) for name, share in exact.items()}
-    left = PERIOD - sum(parts.values())
-    by_remainder = sorted(weights, key=lambda name: (parts[name] - exact[name], name))
-    for name in by_remainder[:left]:
-        parts[name] += 1
-    for name, weight in weights.items():
-        if weight > 0 and parts[name] == 0:
+        found = f"all weights are 0 ({', '.join(names)})" if weights else "it has no source"
+        raise ConfigError(f"A mix cannot be read: {found}. Give at least one source a positive weight.")
+    exact = [weight / total * PARTS for weight in weights]
+    parts = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda position: (parts[position] - exact[position], position))
+    for position in by_remainder[: PARTS - sum(parts)]:
+        parts[position] += 1
+    for name, weight, part in zip(names, weights, parts, strict=True):
+        if weight > 0 and part == 0:
             problems.append(
-                f"{key}.{name}.weight = {weight!r} is {weight / total:.2g} of the mix, less than 1/{PERIOD}. "
+                f"{name} = {weight!r} is {weight / total:.2g} of the mix, less than 1/{PARTS}. "
                 "Raise it, or set it to 0."
             )
     if problems:

@@ -16,14 +16,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from zexp.data import order
-from zexp.data.mix import PERIOD, table
+from zexp.data import mix, order
 
 NUMERICS = {"data.replay": 1}
 
 
-@dataclass(frozen=True)
-class Segment:
+def is_continuation(streams: Sequence[Mapping[str, Any]]) -> bool:
+    """True if a segment's `streams` say: go on reading what the parent reads, from where it stopped."""
+    return len(streams) == 1 and streams[0].get("start") == "continue"
+
+
+def numerics(streams: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The numerics numbers that decide what `streams` read; a continuation adds nothing to its parent's."""
+    used: dict[str, int] = {}
+    if is_continuation(streams):
+        return used
+    for entry in streams:
+        used |= mix.NUMERICS | (order.NUMERICS if "packing" in entry else NUMERICS)
+    return used
+
+
+class Segment(NamedTuple):
     """One segment of a chain: a trajectory's id and its semantic block."""
 
     id: str
@@ -61,15 +74,16 @@ class Span(NamedTuple):
 class Stream:
     """The reading order of a chain of segments, root first.
 
+    chain: a Segment each, or (id, semantic block).
     bins: the number of bins of each packing, needed only by locate().
     ValueError where the chain does not hang together: these are our own invariants, the plan made it.
     """
 
-    def __init__(self, chain: Sequence[Segment], bins: Mapping[str, int] | None = None):
+    def __init__(self, chain: Sequence[tuple[str, Mapping[str, Any]]], bins: Mapping[str, int] | None = None):
         if not chain:
             raise ValueError("a stream needs at least the root segment")
         self.bins = dict(bins or {})
-        self._links = [_Link(segment) for segment in chain]
+        self._links = [_Link(Segment(*segment)) for segment in chain]
         for position, link in enumerate(self._links):
             link.join(self._links[position - 1] if position else None)
             link.carry(self._highest(position))
@@ -189,11 +203,11 @@ class _Link:
         self.items_before = 0  # items that the parent has read at this segment's start
         self.cursors: dict[str, int] = {}
         entries = semantic["streams"]
-        self.table = table(tuple(entry["weight"] for entry in entries))
+        self.table = mix.table(tuple(entry["weight"] for entry in entries))
         self.streams = [self._stream(entry) for entry in entries]
-        if sum(entry["weight"] for entry in entries) != PERIOD:
-            raise ValueError(f"segment {self.id}: the weights of its streams do not sum to {PERIOD}")
-        self.continuation = self.streams == [_Replay("continue")]
+        if sum(entry["weight"] for entry in entries) != mix.PARTS:
+            raise ValueError(f"segment {self.id}: the weights of its streams do not sum to {mix.PARTS}")
+        self.continuation = is_continuation(entries)
         if len(set(map(str, self.streams))) < len(self.streams):
             raise ValueError(f"segment {self.id}: names one stream twice; add their weights")
 
