@@ -1,0 +1,1 @@
+"""a: causal multi-head attention with grouped keys and values."""

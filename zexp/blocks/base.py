@@ -1,0 +1,71 @@
+"""What every block's Spec answers.
+
+D model width · s sequence length. FLOPs count a multiply-add as two and are those of one forward pass per token;
+attention scores are causal. Bytes are those of decoding one sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+Role = Literal["mixer", "channel", "feeder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """The keys of one block; a subclass adds its own as dataclass fields.
+
+    ROLE: mixer (mixes along the sequence), channel (mixes channels), feeder (a shared block whose output is added
+    to the input of the layer it is written with).
+    NUMERICS: version of the mathematics of the block and of the kernels it calls; enters the ids that use it.
+    """
+
+    ROLE: ClassVar[Role]
+    NAME: ClassVar[str]
+    NUMERICS: ClassVar[dict[str, int]]
+
+    def completed(self, width: int) -> BlockSpec:
+        """The same spec with every default that depends on the width filled in."""
+        return self
+
+    def problems(self, width: int, where: str) -> list[str]:
+        """What is illegal, one text each; `where` is the table's name ("arch.blocks.a")."""
+        raise NotImplementedError
+
+    def parameters(self, width: int) -> int:
+        """Parameters of one layer, or of one copy of a feeder; the norm before a layer is not included."""
+        raise NotImplementedError
+
+    def flops(self, width: int, seq_len: int) -> float:
+        """Forward FLOPs per token of one layer, or of one call of a feeder."""
+        raise NotImplementedError
+
+    def kv_bytes_per_token(self, width: int, element_bytes: int) -> int:
+        """Cache that grows with the context, per layer or call."""
+        return 0
+
+    def state_bytes(self, width: int, element_bytes: int) -> int:
+        """Cache of fixed size, per layer or call."""
+        return 0
+
+    def table(self) -> dict[str, Any]:
+        """The keys as plain data, as they stand in a model's semantic block."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeederSpec(BlockSpec):
+    """A block with `copies` sets of shared weights, called in turn, and weights of its own for every call."""
+
+    ROLE: ClassVar[Role] = "feeder"
+    copies: int = 1
+
+    def call_parameters(self, width: int) -> int:
+        """Parameters that belong to one call alone."""
+        raise NotImplementedError
+
+
+def unit_problems(values: dict[str, int], where: str) -> list[str]:
+    """A problem for each size below 1."""
+    return [f"{where}.{key} = {value}: it must be at least 1." for key, value in values.items() if value < 1]

@@ -1,0 +1,1 @@
+"""m: Mamba2 (state-space duality)."""

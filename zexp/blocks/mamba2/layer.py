@@ -1,0 +1,77 @@
+"""Mamba2 as a module.
+
+B batch · T positions · D model width · I inner width · H heads · P head width · G groups · N state size · K conv width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zexp.blocks.init import Draw
+from zexp.blocks.mamba2.spec import Spec
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d
+from zexp.kernels.documents import Documents
+from zexp.kernels.gated_norm.torch_backend import gated_norm
+from zexp.kernels.ssd.torch_backend import ssd
+
+# Initial ranges of the published models (state-spaces/mamba, modules/mamba2.py).
+DT_RANGE = (1e-3, 1e-1)  # log-uniform
+DT_FLOOR = 1e-4
+DECAY_RANGE = (1.0, 16.0)  # of -A, uniform
+
+
+class Layer(nn.Module):
+    """z, xBC, dt = in_proj(u); xBC = silu(conv(xBC)); y = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C) + D x;
+    out_proj(norm(y * silu(z))).
+    """
+
+    def __init__(self, spec: Spec, width: int, eps: float):
+        super().__init__()
+        self.spec, self.eps = spec, eps
+        inner, heads, channels = spec.inner(width), spec.heads(width), spec.conv_channels(width)
+        self.splits = (inner, channels, heads)
+        self.in_proj = nn.Linear(width, sum(self.splits), bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(channels, spec.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.norm_weight = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def initialise(self, draw: Draw) -> None:
+        draw.linear(self.in_proj)
+        bound = self.spec.conv_width**-0.5  # nn.Conv1d's own range
+        draw.uniform(self.conv_weight, -bound, bound)
+        draw.uniform(self.conv_bias, -bound, bound)
+        draw.uniform(self.dt_bias, math.log(DT_RANGE[0]), math.log(DT_RANGE[1]))
+        draw.uniform(self.A_log, *DECAY_RANGE)
+        with torch.no_grad():
+            dt = self.dt_bias.exp().clamp_(min=DT_FLOOR)
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+            self.A_log.log_()
+        draw.constant(self.D, 1.0)
+        draw.constant(self.norm_weight, 1.0)
+        draw.linear(self.out_proj, residual=True)
+
+    def forward(self, x_BTD: Tensor, documents: Documents | None) -> Tensor:
+        spec = self.spec
+        z_BTI, mixed_BTC, dt_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
+        mixed_BTC = causal_conv1d(mixed_BTC, self.conv_weight, self.conv_bias, documents)
+        shared = spec.groups * spec.state_size
+        x_BTI, b, c = mixed_BTC.split((self.splits[0], shared, shared), dim=-1)
+        y_BTHP = ssd(
+            x_BTI.unflatten(-1, (-1, spec.head_dim)),
+            F.softplus(dt_BTH.float() + self.dt_bias),
+            -self.A_log.float().exp(),
+            b.unflatten(-1, (spec.groups, -1)),
+            c.unflatten(-1, (spec.groups, -1)),
+            self.D,
+            chunk=spec.chunk,
+            documents=documents,
+        )
+        return self.out_proj(gated_norm(y_BTHP.flatten(2), z_BTI, self.norm_weight, self.eps, spec.groups))

@@ -1,0 +1,1 @@
+"""d: the dense MLP, gated or not."""

@@ -1,0 +1,165 @@
+"""An architecture as written to a model's semantic block: expanded, complete and legal, or a ConfigError."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from zexp.blocks import options, pattern
+from zexp.blocks.base import BlockSpec, FeederSpec
+from zexp.blocks.table import TABLE, spec_class
+from zexp.config.errors import ConfigError, Problems
+
+# Mathematics outside the blocks: embedding, residual stream, final norm, head, loss, initial weights.
+MODEL_NUMERICS = {"kernel.cross_entropy": 1, "kernel.rms_norm": 1, "model.init": 1, "model.stack": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """The norm before every layer and after the last. eps: added to the mean square."""
+
+    kind: Literal["rmsnorm"] = "rmsnorm"
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The keys of an architecture besides its pattern and its block tables.
+
+    width: D, the residual stream. tie_embeddings: the head is the embedding matrix.
+    """
+
+    width: int
+    tie_embeddings: bool = True
+    norm: Norm = field(default_factory=Norm)
+
+
+def resolve_model(arch: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The semantic block of a model: pattern, vocab_size, width, tie_embeddings, norm, blocks; every key filled in.
+
+    arch: pattern, width, tie_embeddings, norm, blocks (one table a letter).
+    Raises ConfigError with every problem: the pattern, unknown letters and keys, unused tables, sizes that do not fit.
+    """
+    problems = Problems()
+    if vocab_size < 1:
+        problems.add(f"vocab_size = {vocab_size}: it must be at least 1.")
+    layers = _layers(arch.get("pattern"), problems)
+    rest = {key: value for key, value in arch.items() if key not in ("pattern", "blocks")}
+    stack, wrong = options.read(Stack, rest, "arch")
+    problems.extend(wrong)
+    if stack is not None and stack.width < 1:
+        problems.add(f"arch.width = {stack.width}: it must be at least 1.")
+    if stack is not None and stack.norm.eps <= 0:
+        problems.add(f"arch.norm.eps = {stack.norm.eps}: it must be above 0.")
+    width = stack.width if stack is not None and stack.width > 0 else None
+    tables = arch.get("blocks") or {}
+    if not isinstance(tables, Mapping):
+        problems.add(f"arch.blocks = {tables!r}: a table of keys for each letter is expected.")
+        tables = {}
+    specs = _specs(layers, tables, width, problems)
+    _check_layers(layers, specs, problems)
+    problems.raise_if_any()
+    assert stack is not None
+    return {
+        "pattern": layers,
+        "vocab_size": vocab_size,
+        "width": stack.width,
+        "tie_embeddings": stack.tie_embeddings,
+        "norm": asdict(stack.norm),
+        "blocks": {letter: spec.table() for letter, spec in specs.items()},
+    }
+
+
+def specs_of(model: Mapping[str, Any]) -> dict[str, BlockSpec]:
+    """The specs of a resolved model's blocks, by letter. Raises ConfigError if the block tables are not legal."""
+    problems = Problems()
+    specs = _specs(model["pattern"], model["blocks"], model["width"], problems)
+    problems.raise_if_any()
+    return specs
+
+
+def numerics(model: Mapping[str, Any]) -> dict[str, int]:
+    """The numerics numbers of everything that a resolved model computes with, sorted by name."""
+    found = dict(MODEL_NUMERICS)
+    for spec in specs_of(model).values():
+        found |= spec.NUMERICS
+    return dict(sorted(found.items()))
+
+
+def _layers(written: Any, problems: Problems) -> list[str]:
+    if written is None:
+        problems.add("arch.pattern: this key has no default and is missing. Write for example '4*(a d)'.")
+        return []
+    try:
+        return pattern.expand(written)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return []
+
+
+def _specs(
+    layers: list[str], tables: Mapping[str, Any], width: int | None, problems: Problems
+) -> dict[str, BlockSpec]:
+    """A spec for every known letter of the layers, completed and checked as far as the width is known."""
+    used = pattern.letters(layers)
+    for letter in used:
+        if letter not in TABLE:
+            known = ", ".join(f"{name} ({spec_class(name).NAME})" for name in TABLE)
+            problems.add(f"arch.pattern: there is no block '{letter}'. The blocks are {known}.")
+    for letter in tables:
+        if layers and letter not in used:
+            problems.add(
+                f"arch.blocks.{letter}: the pattern has no layer '{letter}', so this table would be ignored.\n"
+                f"  Remove it (on a command line: ~arch.blocks.{letter}) or use '{letter}' in arch.pattern."
+            )
+    specs: dict[str, BlockSpec] = {}
+    for letter in used:
+        if letter not in TABLE:
+            continue
+        where = f"arch.blocks.{letter}"
+        table = tables.get(letter)
+        spec, wrong = options.read(spec_class(letter), {} if table is None else table, where)
+        problems.extend(wrong)
+        if spec is None or width is None:
+            continue
+        wrong = spec.problems(width, where)
+        problems.extend(wrong)
+        if not wrong:
+            specs[letter] = spec.completed(width)
+    return specs
+
+
+def _check_layers(layers: list[str], specs: Mapping[str, BlockSpec], problems: Problems) -> None:
+    """Feeders stand before a sequence mixer and nowhere else, and every shared copy is called."""
+    calls: dict[str, int] = {}
+    for layer in layers:
+        feeder, branches = pattern.feeder(layer), pattern.branches(layer)
+        known = [letter for letter in branches if letter in TABLE]
+        for letter in known:
+            if spec_class(letter).ROLE == "feeder":
+                problems.add(
+                    f"arch.pattern: '{layer}' has the shared block '{letter}' where a layer is expected; it feeds the "
+                    f"input of a mixer and cannot stand alone.\n  Write it before one, without a blank: '{letter}m'."
+                )
+        if len(set(branches)) < len(branches):
+            problems.add(f"arch.pattern: the branches of '{layer}' repeat a letter. Parallel branches differ.")
+        if feeder is None or feeder not in TABLE:
+            continue
+        calls[feeder] = calls.get(feeder, 0) + 1
+        if spec_class(feeder).ROLE != "feeder":
+            problems.add(
+                f"arch.pattern: '{layer}' writes '{feeder}' before a layer, but it is no shared block and feeds "
+                f"nothing.\n  Separate the layers by a blank: '{feeder} {layer[len(feeder):]}'."
+            )
+        elif any(spec_class(letter).ROLE == "channel" for letter in known):
+            problems.add(
+                f"arch.pattern: '{layer}' feeds the shared block '{feeder}' into a channel mixer; a shared block feeds "
+                f"a sequence mixer.\n  Write for example '{feeder}m'."
+            )
+    for letter, spec in specs.items():
+        if isinstance(spec, FeederSpec) and spec.copies > calls.get(letter, 0) > 0:
+            problems.add(
+                f"arch.blocks.{letter}.copies = {spec.copies}: the pattern calls '{letter}' {calls[letter]} times, so "
+                f"some copies would never be used.\n  Choose at most {calls[letter]}."
+            )

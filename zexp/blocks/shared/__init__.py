@@ -1,0 +1,1 @@
+"""g: the Zamba shared transformer block, which feeds the input of the layer it is written with."""

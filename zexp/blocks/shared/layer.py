@@ -1,0 +1,99 @@
+"""The Zamba shared transformer block as modules: the shared weights, and what each call has to itself.
+
+B batch · T positions · D model width · E input width · H heads · P head width · F MLP width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zexp.blocks.init import Draw
+from zexp.blocks.norm import RmsNorm
+from zexp.blocks.shared.spec import Spec
+from zexp.kernels.activation.torch_backend import gated
+from zexp.kernels.attention.torch_backend import attention
+from zexp.kernels.documents import Documents
+from zexp.kernels.rotary.torch_backend import rotary
+
+
+class Adapter(nn.Module):
+    """LoRA without an alpha: up(down(x)). It starts at zero, so that every call starts with the shared weights."""
+
+    def __init__(self, entered: int, rank: int, left: int):
+        super().__init__()
+        self.down = nn.Linear(entered, rank, bias=False)
+        self.up = nn.Linear(rank, left, bias=False)
+
+    def initialise(self, draw: Draw) -> None:
+        draw.linear(self.down)
+        draw.constant(self.up.weight, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class Call(nn.Module):
+    """The weights of one call: adapters of rank R and a linear map of the block's output, each if the spec has it."""
+
+    def __init__(self, spec: Spec, width: int, eps: float):
+        super().__init__()
+        entered, rank = spec.input_width(width), spec.lora_rank
+        self.qkv = (
+            nn.ModuleList(Adapter(entered, rank.attention, entered) for _ in range(3)) if rank.attention else None
+        )
+        self.mlp = Adapter(width, rank.mlp, 2 * spec.mlp_width) if rank.mlp else None
+        self.linear = nn.Linear(width, width, bias=False) if spec.call_linear else None
+
+    def initialise(self, draw: Draw) -> None:
+        for adapter in self.qkv or ():
+            adapter.initialise(draw)  # type: ignore[operator]
+        if self.mlp is not None:
+            self.mlp.initialise(draw)
+        if self.linear is not None:
+            draw.linear(self.linear)
+
+
+class Shared(nn.Module):
+    """One copy of the shared weights: attention over concat(hidden, embeddings), then a gated MLP.
+
+    There is no residual inside the block; the scale of the scores is that of a head of D / H channels
+    (Zamba2, arXiv:2411.15242; `transformers` modeling_zamba2).
+    """
+
+    def __init__(self, spec: Spec, width: int, eps: float):
+        super().__init__()
+        self.spec = spec
+        entered = spec.input_width(width)
+        self.head_dim = entered // spec.heads
+        self.scale = (width / spec.heads) ** -0.5
+        self.input_norm = RmsNorm(entered, eps)
+        self.qkv = nn.Linear(entered, 3 * entered, bias=False)
+        self.out = nn.Linear(entered, width, bias=False)
+        self.mlp_norm = RmsNorm(width, eps)
+        self.up = nn.Linear(width, 2 * spec.mlp_width, bias=False)
+        self.down = nn.Linear(spec.mlp_width, width, bias=False)
+
+    def initialise(self, draw: Draw) -> None:
+        self.input_norm.initialise(draw)
+        self.mlp_norm.initialise(draw)
+        for linear in (self.qkv, self.out, self.up, self.down):
+            draw.linear(linear)
+
+    def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor, call: Call, documents: Documents | None) -> Tensor:
+        """What is added to the input of the layer that the block feeds, (B, T, D)."""
+        x_BTE = torch.cat((hidden_BTD, embedded_BTD), dim=-1) if self.spec.concat_embeddings else hidden_BTD
+        x_BTE = self.input_norm(x_BTE)
+        qkv = self.qkv(x_BTE)
+        if call.qkv is not None:
+            qkv = qkv + torch.cat([adapter(x_BTE) for adapter in call.qkv], dim=-1)
+        q, k, v = qkv.unflatten(-1, (3 * self.spec.heads, -1)).split(self.spec.heads, dim=2)
+        if self.spec.rope_theta is not None:
+            q, k = rotary(q, self.spec.rope_theta), rotary(k, self.spec.rope_theta)
+        mixed_BTHP = attention(q, k, v, scale=self.scale, documents=documents)
+        y_BTD = self.mlp_norm(self.out(mixed_BTHP.flatten(2)))
+        up = self.up(y_BTD)
+        if call.mlp is not None:
+            up = up + call.mlp(y_BTD)
+        out_BTD = self.down(gated(up, self.spec.activation))
+        return out_BTD if call.linear is None else call.linear(out_BTD)

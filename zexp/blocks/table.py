@@ -1,0 +1,30 @@
+"""Which letter of a pattern is which block.
+
+A block is a folder with two modules: `spec.py` defines `Spec` (its keys, legality and formulas; no torch) and
+`layer.py` the modules that are built (`Layer`, or `Shared` and `Call` for a feeding block). Adding a block is
+adding a folder and a line here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from zexp.blocks.base import BlockSpec
+
+TABLE = {
+    "a": "zexp.blocks.attention",
+    "d": "zexp.blocks.mlp",
+    "g": "zexp.blocks.shared",
+    "m": "zexp.blocks.mamba2",
+}
+
+
+def spec_class(letter: str) -> type[BlockSpec]:
+    """The typed keys and formulas of a block. Raises KeyError for a letter that is not in TABLE."""
+    return import_module(f"{TABLE[letter]}.spec").Spec
+
+
+def layer_module(letter: str) -> ModuleType:
+    """The block's torch modules."""
+    return import_module(f"{TABLE[letter]}.layer")

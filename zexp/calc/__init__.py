@@ -1,0 +1,1 @@
+"""What a model costs: sums of what the blocks' specs say. No torch."""

@@ -1,0 +1,93 @@
+"""Exact parameters, FLOPs per token and bytes of a resolved model.
+
+The model is the semantic block that zexp.blocks.resolve.resolve_model returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zexp.blocks import pattern
+from zexp.blocks.base import FeederSpec
+from zexp.blocks.resolve import specs_of
+
+TRAIN_PER_FORWARD = 3  # a backward pass is two forward passes; nothing is recomputed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the block table: `count` things of the same kind, summed.
+
+    parameters: stored weights. flops: forward, per token. kv_bytes: per token of context. state_bytes: fixed.
+    """
+
+    name: str
+    letter: str | None
+    count: int
+    parameters: int
+    flops: float
+    kv_bytes: int = 0
+    state_bytes: int = 0
+
+
+def block_table(model: Mapping[str, Any], seq_len: int, element_bytes: int = 2) -> list[Row]:
+    """What each part of the model costs; the rows sum to the whole.
+
+    seq_len: length at which attention is counted. element_bytes: size of a cached number (2 = bf16).
+    """
+    width, vocab, layers = model["width"], model["vocab_size"], model["pattern"]
+    head = 0 if model["tie_embeddings"] else vocab * width
+    rows = [Row(name="embedding", letter=None, count=1, parameters=vocab * width, flops=0.0)]
+    for letter, spec in specs_of(model).items():
+        if isinstance(spec, FeederSpec):
+            count = sum(pattern.feeder(layer) == letter for layer in layers)
+            parameters = spec.copies * spec.parameters(width) + count * spec.call_parameters(width)
+        else:
+            count = sum(letter in pattern.branches(layer) for layer in layers)
+            parameters = count * spec.parameters(width)
+        rows.append(
+            Row(
+                name=spec.NAME,
+                letter=letter,
+                count=count,
+                parameters=parameters,
+                flops=count * spec.flops(width, seq_len),
+                kv_bytes=count * spec.kv_bytes_per_token(width, element_bytes),
+                state_bytes=count * spec.state_bytes(width, element_bytes),
+            )
+        )
+    norms = len(layers) + 1
+    rows.append(Row(name="norms", letter=None, count=norms, parameters=norms * width, flops=0.0))
+    rows.append(Row(name="head", letter=None, count=1, parameters=head, flops=2.0 * width * vocab))
+    return rows
+
+
+def parameters(model: Mapping[str, Any]) -> dict[str, int]:
+    """total: stored weights, a tied matrix once. active: used for one token. embedding: input matrix and untied head."""
+    total = sum(row.parameters for row in block_table(model, seq_len=1))
+    matrices = 1 if model["tie_embeddings"] else 2
+    return {"total": total, "active": total, "embedding": matrices * model["vocab_size"] * model["width"]}
+
+
+def flops_per_token(model: Mapping[str, Any], seq_len: int) -> dict[str, float]:
+    """Matrix products, scans and causal scores of one token in a sequence of seq_len; norms and activations are not counted."""
+    forward = sum(row.flops for row in block_table(model, seq_len))
+    return {"forward": forward, "train": TRAIN_PER_FORWARD * forward}
+
+
+def kv_bytes_per_token(model: Mapping[str, Any], element_bytes: int = 2) -> int:
+    """Decoding cache that grows by this much with every token of context."""
+    return sum(row.kv_bytes for row in block_table(model, seq_len=1, element_bytes=element_bytes))
+
+
+def state_bytes(model: Mapping[str, Any], element_bytes: int = 2) -> int:
+    """Decoding cache of fixed size, per sequence."""
+    return sum(row.state_bytes for row in block_table(model, seq_len=1, element_bytes=element_bytes))
+
+
+def checkpoint_bytes(model: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes on disk in fp32. weights: 4 per parameter. full: 12, with both Adam moments."""
+    count = parameters(model)["total"]
+    return {"weights": 4 * count, "full": 12 * count}

@@ -1,0 +1,1 @@
+"""Loss of a linear head without its logits."""

@@ -1,0 +1,1 @@
+"""RMSNorm of a gated value, as in Mamba2."""

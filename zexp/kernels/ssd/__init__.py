@@ -1,0 +1,1 @@
+"""Structured state-space duality, the sequence mixing of Mamba2."""

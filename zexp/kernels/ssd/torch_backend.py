@@ -1,0 +1,231 @@
+"""State-space duality in chunks, as matrix products, with a hand-written gradient.
+
+B batch · T positions · H heads · P head width · G groups · N state size · Q chunk · M chunks of all rows (B T / Q)
+J heads of a group (H / G).
+
+Within a chunk the layer is attention with a decay instead of a softmax; between chunks a state of N × P a head is carried
+(Mamba-2, arXiv:2405.21060, section 6). Three choices keep it fast without a compiler:
+- states are built and read for all heads of a group in one product of inner size J·P; the per-head decays are put on x;
+- decays are exponentials of differences, at most 1, so nothing overflows; the causal mask sits on C·B^T, which has G
+  matrices a chunk where the decays have H;
+- the gradient with respect to the summed log-decays needs no Q × Q array: position i reads with weight exp(cum_i), so
+  it receives <dy_i, y_i>; position j writes with exp(-cum_j), so it receives -<dx_j, x_j>; the end of a chunk receives
+  <d state, state>.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zexp.kernels.documents import Documents
+from zexp.kernels.precision import at_least_fp32
+
+
+def ssd(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    a_H: Tensor,
+    b_BTGN: Tensor,
+    c_BTGN: Tensor,
+    d_H: Tensor,
+    *,
+    chunk: int,
+    documents: Documents | None = None,
+) -> Tensor:
+    """The selective state space of Mamba-2, (B, T, H, P), in x's dtype; arithmetic in fp32 at least.
+
+    S_t = exp(dt_t a) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + d x_t. dt is positive, a negative. G divides H.
+    chunk: Q, any; rows are padded to whole chunks. documents: the state is zero before every document.
+    """
+    length = x_BTHP.shape[1]
+    size = min(chunk, length)
+    padding = -length % size
+    inputs = [at_least_fp32(tensor) for tensor in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)]
+    ids = None if documents is None else documents.ids_BT
+    if padding:  # dt = 0 neither decays nor writes; the padded rows are cut off
+        inputs = [F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) for tensor in inputs]
+        ids = None if ids is None else F.pad(ids, (0, padding), mode="constant", value=-1)
+    x, dt, b, c = inputs
+    y = _Ssd.apply(x, dt, a_H, b, c, d_H, size, ids)
+    return (y[:, :length] if padding else y).to(x_BTHP.dtype)
+
+
+class _Masks(NamedTuple):
+    """What document boundaries switch off; each is 0 or 1."""
+
+    pair_MQQ: Tensor  # i reads j within the chunk
+    entry_MQ: Tensor  # i reads the state that enters the chunk
+    exit_MQ: Tensor  # j writes into the state that leaves the chunk
+    carry_BC: Tensor  # the entering state reaches the leaving one
+
+
+def _masks(ids_BT: Tensor, chunk: int, dtype: torch.dtype) -> _Masks:
+    ids_BCQ = ids_BT.unflatten(1, (-1, chunk))
+    last_BC = ids_BCQ[:, :, -1]
+    before_BC = torch.cat((last_BC[:, :1], last_BC[:, :-1]), dim=1)  # chunk 0 is entered by a zero state
+    return _Masks(
+        pair_MQQ=(ids_BCQ[..., :, None] == ids_BCQ[..., None, :]).flatten(0, 1).to(dtype),
+        entry_MQ=(ids_BCQ == before_BC[..., None]).flatten(0, 1).to(dtype),
+        exit_MQ=(ids_BCQ == last_BC[..., None]).flatten(0, 1).to(dtype),
+        carry_BC=(last_BC == before_BC).to(dtype),
+    )
+
+
+class _Ssd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, d_H: Tensor,
+        chunk: int, ids_BT: Tensor | None,
+    ) -> Tensor:
+        batch, length, heads, width = x_BTHP.shape
+        groups, state = b_BTGN.shape[2:]
+        chunks = length // chunk
+        masks = None if ids_BT is None else _masks(ids_BT, chunk, x_BTHP.dtype)
+        x_MQHP, dt_MQH, b_MQGN, c_MQGN = (
+            tensor.reshape(batch * chunks, chunk, *tensor.shape[2:]) for tensor in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)
+        )
+        cum_MQH = (dt_MQH * a_H).cumsum(1)
+        entry_MQH = cum_MQH.exp()
+        exit_MQH = (cum_MQH[:, -1:] - cum_MQH).exp_()
+        carry_BCH = entry_MQH[:, -1].unflatten(0, (batch, chunks))
+        if masks is not None:
+            entry_MQH = entry_MQH * masks.entry_MQ[..., None]
+            exit_MQH = exit_MQH * masks.exit_MQ[..., None]
+            carry_BCH = carry_BCH * masks.carry_BC[..., None]
+
+        written_MQHP = x_MQHP * dt_MQH[..., None]
+        leaving = torch.matmul(_by_group(b_MQGN).mT, _heads_by_group(written_MQHP * exit_MQH[..., None], groups))
+        entering = _carry(leaving.unflatten(0, (batch, chunks)), carry_BCH)  # (B, C, G, N, JP)
+        read = torch.matmul(_by_group(c_MQGN), entering.flatten(0, 1))  # (M, G, Q, JP)
+
+        scores_MGQQ = torch.matmul(_by_group(c_MQGN), _by_group(b_MQGN).mT).tril_()
+        if masks is not None:
+            scores_MGQQ *= masks.pair_MQQ[:, None]
+        decays_MHQQ = _decays(cum_MQH)
+        weights_MHQQ = _times_scores(decays_MHQQ, scores_MGQQ)
+        inside_MHQP = torch.matmul(weights_MHQQ, written_MQHP.transpose(1, 2))
+
+        y_MQHP = _from_groups(read, heads).mul_(entry_MQH[..., None]).add_(inside_MHQP.transpose(1, 2))
+        y_MQHP.addcmul_(x_MQHP, d_H[:, None])
+        y_BTHP = y_MQHP.view(batch, length, heads, width)
+        ctx.save_for_backward(
+            x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
+            decays_MHQQ, y_BTHP, None if masks is None else masks.pair_MQQ,
+        )
+        return y_BTHP
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
+            decays_MHQQ, y_BTHP, pair_MQQ,
+        ) = ctx.saved_tensors  # fmt: skip
+        batch, length, heads, width = x_BTHP.shape
+        groups = b_BTGN.shape[2]
+        count, chunk = entry_MQH.shape[:2]
+        x, dt, b, c, y, dy = (
+            tensor.reshape(count, chunk, *tensor.shape[2:])
+            for tensor in (x_BTHP, dt_BTH, b_BTGN, c_BTGN, y_BTHP, grads[0])
+        )
+        b_MGQN, c_MGQN = _by_group(b), _by_group(c)
+        written = x * dt[..., None]
+
+        # Through the states.
+        dread = _heads_by_group(dy * entry_MQH[..., None], groups)  # (M, G, Q, JP)
+        dc_MGQN = torch.matmul(dread, entering.flatten(0, 1).mT)
+        dentering = torch.matmul(c_MGQN.mT, dread).view_as(entering)
+        dleaving, dend_BCH = _carry_backward(dentering, carry_BCH, entering)
+        dleaving_MGNJ = dleaving.flatten(0, 1)
+        dwritten = _from_groups(torch.matmul(b_MGQN, dleaving_MGNJ), heads).mul_(exit_MQH[..., None])
+        db_MGQN = torch.matmul(_heads_by_group(written * exit_MQH[..., None], groups), dleaving_MGNJ.mT)
+
+        # Within the chunks.
+        dy_MHQP = dy.transpose(1, 2).contiguous()
+        weights_MHQQ = _times_scores(decays_MHQQ, scores_MGQQ)
+        dwritten += torch.matmul(weights_MHQQ.mT, dy_MHQP).transpose(1, 2)
+        dweights = torch.matmul(dy_MHQP, written.permute(0, 2, 3, 1)).mul_(decays_MHQQ)
+        dscores = dweights.unflatten(1, (groups, -1)).sum(2).tril_()
+        if pair_MQQ is not None:
+            dscores *= pair_MQQ[:, None]
+        dc_MGQN += torch.matmul(dscores, b_MGQN)
+        db_MGQN += torch.matmul(dscores.mT, c_MGQN)
+
+        # To the inputs.
+        dwritten_x = (dwritten * x).sum(-1)
+        dy_x = (dy * x).sum(-1)
+        dcum = (dy * y).sum(-1) - dy_x * d_H - dwritten_x * dt
+        dcum[:, -1] += dend_BCH.flatten(0, 1)
+        dlog = dcum.flip(1).cumsum(1).flip(1)
+        dx = dwritten.mul_(dt[..., None]).addcmul_(dy, d_H[:, None])
+        ddt = dwritten_x + dlog * a_H
+        return (
+            dx.view(x_BTHP.shape),
+            ddt.view(dt_BTH.shape),
+            (dlog * dt).sum((0, 1)),
+            db_MGQN.transpose(1, 2).reshape(b_BTGN.shape),
+            dc_MGQN.transpose(1, 2).reshape(c_BTGN.shape),
+            dy_x.sum((0, 1)),
+            None,
+            None,
+        )
+
+
+def _by_group(tensor_MQGN: Tensor) -> Tensor:
+    return tensor_MQGN.transpose(1, 2)
+
+
+def _heads_by_group(tensor_MQHP: Tensor, groups: int) -> Tensor:
+    """(M, Q, H, P) to (M, G, Q, J·P)."""
+    return tensor_MQHP.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)
+
+
+def _from_groups(tensor: Tensor, heads: int) -> Tensor:
+    """(M, G, Q, J·P) to a contiguous (M, Q, H, P)."""
+    groups = tensor.shape[1]
+    return tensor.transpose(1, 2).unflatten(3, (heads // groups, -1)).flatten(2, 3).contiguous()
+
+
+def _decays(cum_MQH: Tensor) -> Tensor:
+    """exp(min(cum_i - cum_j, 0)), (M, H, Q, Q): right for i >= j, at most 1 above the diagonal."""
+    cum_MHQ = cum_MQH.transpose(1, 2).contiguous()
+    return (cum_MHQ[..., :, None] - cum_MHQ[..., None, :]).clamp_(max=0).exp_()
+
+
+def _times_scores(decays_MHQQ: Tensor, scores_MGQQ: Tensor) -> Tensor:
+    groups = scores_MGQQ.shape[1]
+    return (decays_MHQQ.unflatten(1, (groups, -1)) * scores_MGQQ[:, :, None]).flatten(1, 2)
+
+
+def _wide(carry_BCH: Tensor, like: Tensor) -> Tensor:
+    """(B, C, H) repeated to (B, C, G, 1, J·P) of a state."""
+    groups, inner = like.shape[2], like.shape[4]
+    heads = carry_BCH.shape[2]
+    return carry_BCH.unflatten(2, (groups, -1)).repeat_interleave(inner * groups // heads, dim=3)[:, :, :, None]
+
+
+def _carry(leaving: Tensor, carry_BCH: Tensor) -> Tensor:
+    """The state that enters each chunk, from what each chunk adds: (B, C, G, N, J·P)."""
+    wide = _wide(carry_BCH, leaving)
+    entering = torch.empty_like(leaving)
+    entering[:, 0] = 0
+    for n in range(1, leaving.shape[1]):
+        torch.addcmul(leaving[:, n - 1], entering[:, n - 1], wide[:, n - 1], out=entering[:, n])
+    return entering
+
+
+def _carry_backward(dentering: Tensor, carry_BCH: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what each chunk adds, and of the summed log-decay at each chunk's end (B, C, H)."""
+    wide = _wide(carry_BCH, entering)
+    dleaving = torch.empty_like(dentering)
+    dleaving[:, -1] = 0
+    for n in range(dentering.shape[1] - 1, 0, -1):
+        torch.addcmul(dentering[:, n], dleaving[:, n], wide[:, n], out=dleaving[:, n - 1])
+    dend = torch.zeros_like(carry_BCH)
+    heads = carry_BCH.shape[2]
+    touched = (dleaving[:, :-1] * entering[:, 1:]).sum(3)  # (B, C - 1, G, J·P)
+    dend[:, :-1] = touched.flatten(2).unflatten(2, (heads, -1)).sum(-1)
+    return dleaving, dend

@@ -1,0 +1,1 @@
+"""A pattern of blocks as a language model."""

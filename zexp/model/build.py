@@ -1,0 +1,40 @@
+"""A model from its semantic block and a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from zexp.blocks.resolve import numerics
+from zexp.kernels import select
+from zexp.model.language_model import LanguageModel
+
+
+def build(
+    model: Mapping[str, Any], *, seed: int | None, kernels: str = "auto", device: str | torch.device = "cpu"
+) -> LanguageModel:
+    """The model in fp32 on `device`.
+
+    seed: weights are drawn on the CPU from a generator of their own, so they depend on the seed and the model alone;
+    None leaves them undefined, for a state to be loaded into. kernels: auto, torch or fused.
+    Raises ConfigError for kernels that cannot be had.
+    """
+    select.backends(kernels, select.operations_of(numerics(model)))
+    with torch.device("meta"):
+        built = LanguageModel(model)
+    if seed is None:
+        return built if torch.device(device).type == "meta" else built.to_empty(device=device)
+    built.to_empty(device="cpu")
+    built.initialise(torch.Generator("cpu").manual_seed(seed))
+    return built.to(device)
+
+
+def decayed(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay applies to: the matrices of linear maps, a head of its own included.
+
+    Not: embeddings (and a head tied to them), norms, biases, convolutions, A_log, D, dt_bias.
+    """
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
