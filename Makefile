@@ -1,0 +1,32 @@
+# make quickstart: install, then the study of sweeps/quickstart.yaml.  make test: install the dev extra, run the suite.
+# TORCH: what pip installs as torch, e.g. TORCH='torch --index-url <the CPU index of pytorch.org>'
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN = .venv/bin
+
+.PHONY: quickstart setup setup-dev test lint
+quickstart: setup
+	$(BIN)/zexp run +sweeps=quickstart
+
+setup: .venv/.setup
+
+.venv/.setup: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else "zexp needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; name one with PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+setup-dev: .venv/.setup-dev
+
+.venv/.setup-dev: .venv/.setup
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+test: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: setup-dev
+	$(BIN)/ruff check zexp hydra_plugins tests benchmarks
+	$(BIN)/mypy

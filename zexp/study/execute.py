@@ -1,0 +1,197 @@
+"""What the verbs do with composed configs: plan them, run what is missing, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+
+from zexp.config.errors import ConfigError
+from zexp.store.folder import Store
+from zexp.study import plan as plans
+from zexp.study import record, show
+from zexp.study.resolve import Composed, Resolver, Variant
+from zexp.study.variants import study_name
+
+__all__ = ["Acted", "Composed", "Request", "act"]
+
+DATA_KINDS = ("tokenizer", "corpus", "packing", "tasks")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A verb with its surroundings. launcher: the node hydra.launcher; started: monotonic time of the process."""
+
+    verb: str
+    json: bool
+    launcher: dict[str, Any]
+    directory: Path
+    started: float
+
+
+@dataclass(frozen=True)
+class Acted:
+    """One JobReturn for each composed config, in order, and the exit code of all."""
+
+    job_returns: list[JobReturn]
+    exit_code: int
+
+
+class StageFailed(RuntimeError):
+    """A variant has no score because a stage of it failed; the text says which."""
+
+
+def act(composed: list[Composed], request: Request) -> Acted:
+    """Do what the verb says. Raises ConfigError before anything has started if the request is wrong."""
+    if request.verb == "calc":
+        return Acted(_empty(composed), show.calc(composed, as_json=request.json))
+    store = _store(composed)
+    variants = Resolver(store.root, request.directory).variants(composed)
+    plan = plans.build(variants, store)
+    plans.check_sources(plan, store)
+    study = _study(composed, variants)
+    _check_metric(study, variants)
+    if request.verb == "plan":
+        show.plan(plan, study, store, as_json=request.json)
+        return Acted(_empty(composed), 0)
+    change = record.record(study["name"], study, plan, store)
+    line = change.line(study["name"])
+    if line is not None:
+        print(line)
+    outcomes = _run(plan, store, request) if plan.to_do else {}
+    code = show.finished(plan, study, store, outcomes, seconds=time.monotonic() - request.started)
+    return Acted(_job_returns(composed, variants, plan, study, store), code)
+
+
+def _store(composed: list[Composed]) -> Store:
+    roots = sorted({str(one.config.store) for one in composed})
+    if len(roots) > 1:
+        raise ConfigError(f"store: the variants name {len(roots)} stores ({', '.join(roots)}). A study has one.")
+    store = Store(Path(roots[0]))
+    store.check_writable()
+    return store
+
+
+def _study(composed: list[Composed], variants: list[Variant]) -> dict[str, Any]:
+    """The composed `study` node with its name settled."""
+    study = OmegaConf.to_container(composed[0].config.study, resolve=True)
+    assert isinstance(study, dict)
+    said = {str(key): value for key, value in study.items()}
+    if said["name"] is None:
+        said["name"] = composed[0].choices.get("sweeps")
+    ends = [segment.id for variant in variants for segment in variant.chain.segments]
+    digest = hashlib.sha256("\n".join(ends).encode()).hexdigest()
+    typed = sorted({text for one in composed for text in one.overrides}) if len(composed) == 1 else []
+    axes = sorted({key for one in composed for key in one.axes})
+    said["name"] = study_name(said, typed or axes, digest)
+    return said
+
+
+def _check_metric(study: dict[str, Any], variants: list[Variant]) -> None:
+    """study.metric and study.baseline must name what the variants have."""
+    problems = []
+    metric = study["metric"]
+    known = sorted({f"{e.task}/{name}" for v in variants for e in v.evals for name in e.semantic_metrics()})
+    if metric is not None and known and metric not in known and metric.split("/")[0] not in _open_ended(variants):
+        problems.append(f"study.metric = {metric!r} is scored by no task of eval.tasks. There are: {', '.join(known)}.")
+    for key, value in study["baseline"].items():
+        values = {str(variant.axes.get(key)) for variant in variants if key in variant.axes}
+        if not values:
+            axes = sorted({axis for variant in variants for axis in variant.axes})
+            problems.append(f"study.baseline names {key!r}, which is no axis. The axes: {', '.join(axes) or 'none'}.")
+        elif str(value) not in values:
+            problems.append(f"study.baseline.{key} = {value!r} is no value of that axis: {', '.join(sorted(values))}.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _open_ended(variants: list[Variant]) -> set[str]:
+    """Tasks of lm-eval's own, whose metrics are known only when they have run."""
+    return {e.task for v in variants for e in v.evals if not e.semantic_metrics()}
+
+
+def _run(plan: plans.Plan, store: Store, request: Request) -> dict[str, Any]:
+    """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
+    from zexp.store.provenance import provenance
+    from zexp.study.launch import run_stages
+
+    facts = provenance()
+    for stage in plan.to_do:
+        kind = "trajectory" if stage.kind == "segment" else stage.kind
+        store.folder(kind, stage.full_id).create(stage.semantic, facts)
+    for stage in plan.stages.values():  # fork points and ends that this study names are kept, whoever trains them
+        if stage.kind == "segment":
+            folder = store.folder("trajectory", stage.full_id)
+            if folder.path.exists():
+                assert stage.to is not None
+                folder.pin(stage.to)
+    outcomes: dict[str, Any] = {}
+    data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS]
+    rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]
+    if data:
+        outcomes |= run_stages(data, store, request.launcher)
+        if all(outcome.status == "done" for outcome in outcomes.values()):
+            plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
+    if rest:
+        outcomes |= run_stages(rest, store, request.launcher, before=outcomes)
+    return outcomes
+
+
+def _job_returns(
+    composed: list[Composed], variants: list[Variant], plan: plans.Plan, study: dict[str, Any], store: Store
+) -> list[JobReturn]:
+    """COMPLETED with the study's metric (None without one), or FAILED with the reason."""
+    returns = []
+    for one, variant in zip(composed, variants, strict=True):
+        job = JobReturn(overrides=one.overrides, cfg=one.config, status=JobStatus.COMPLETED)
+        missing = _missing(variant, plan, store)
+        if missing is not None:
+            job.status = JobStatus.FAILED
+            job.return_value = StageFailed(missing)
+        else:
+            job.return_value = _objective(variant, plan, study["metric"], store)
+        returns.append(job)
+    return returns
+
+
+def _missing(variant: Variant, plan: plans.Plan, store: Store) -> str | None:
+    for id in plan.evals[variant.name].values():
+        if store.folder("eval", plan.stages[id].full_id).result is None:
+            return f"{variant.name}: stage {id} ({plan.stages[id].label}) has no result."
+    end = plan.stages[plan.segments[variant.name][-1]]
+    assert end.to is not None
+    if not plan.evals[variant.name] and store.folder("trajectory", end.full_id).state(end.to) is None:
+        return f"{variant.name}: stage {end.id} ({end.label}) has no state."
+    return None
+
+
+def _objective(variant: Variant, plan: plans.Plan, metric: str | None, store: Store) -> float | None:
+    if metric is None:
+        return None
+    task, _, name = metric.partition("/")
+    id = plan.evals[variant.name].get(task)
+    if id is None:
+        return None
+    result = store.folder("eval", plan.stages[id].full_id).result
+    assert result is not None
+    metrics = json.loads((result / "results.json").read_text(encoding="utf-8"))["metrics"]
+    if name not in metrics:
+        print(f"study.metric = {metric!r}: {task} scored {', '.join(sorted(metrics))}.", file=sys.stderr)
+        return None
+    return float(metrics[name]["value"])
+
+
+def _empty(composed: list[Composed]) -> list[JobReturn]:
+    returns = []
+    for one in composed:
+        job = JobReturn(overrides=one.overrides, cfg=one.config, status=JobStatus.COMPLETED)
+        job.return_value = None
+        returns.append(job)
+    return returns
