@@ -1,0 +1,189 @@
+"""What a person sees of a plan, of a finished run and of an architecture; and the same as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from zexp.blocks import resolve as blocks_resolve
+from zexp.calc import model as calc_model
+from zexp.config.tokens import say_tokens
+from zexp.store.folder import Store
+from zexp.study.plan import Plan, Stage, bins_known, ledger_of
+from zexp.study.resolve import Composed, run_of
+
+
+def say_bytes(size: float) -> str:
+    """1536 -> '1.5 KB', in powers of 1,000."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def say_flops(flops: float) -> str:
+    """Floating-point operations with a unit, e.g. '18.3 TFLOP'."""
+    for unit, factor in (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if flops >= factor:
+            return f"{flops / factor:.3g} {unit}"
+    return f"{flops / 1e6:.3g} MFLOP"
+
+
+def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, *, as_json: bool) -> None:
+    """Print a plan: the tree, what is cached, what it costs. JSON is one object and nothing else."""
+    if as_json:
+        print(json.dumps({"study": study["name"], "store": str(store.root), **the_plan.to_json()}))
+        return
+    console = Console(highlight=False)
+    tree = Tree(f"[bold]{study['name']}[/bold]" + (f"  {study['question']}" if study.get("question") else ""))
+    data = tree.add("data")
+    for stage in the_plan.stages.values():
+        if stage.kind in ("tokenizer", "corpus", "packing", "tasks"):
+            data.add(f"{_mark(stage)} {stage.label}  [dim]{stage.id}[/dim]")
+    nodes: dict[str, Tree] = {}
+    scored: dict[str, list[Stage]] = {}
+    for stage in the_plan.stages.values():
+        if stage.kind == "eval":
+            scored.setdefault(stage.parents[0], []).append(stage)
+    for stage in the_plan.stages.values():
+        if stage.kind == "segment":
+            parent = nodes.get(stage.parents[0], tree) if stage.parents else tree
+            nodes[stage.id] = parent.add(_segment_line(stage, scored.get(stage.id, [])))
+    console.print(tree)
+    _print_ledger(console, the_plan, store)
+    console.print(_summary(the_plan))
+    console.print("Nothing was started.")
+
+
+def _mark(stage: Stage) -> str:
+    if stage.cached:
+        return "[green]✓[/green]"
+    if stage.diverged is not None:
+        return "[red]diverged[/red]"
+    return "·" if stage.needed else "[dim]not needed[/dim]"
+
+
+def _segment_line(stage: Stage, evals: list[Stage]) -> str:
+    lr = stage.semantic["lr"]
+    last = lr[-1]
+    rate = f"LR {last['start']:.3g}" + ("" if last["shape"] == "constant" else f" → {last['end']:.3g} {last['shape']}")
+    line = (
+        f"{_mark(stage)} {stage.label}  {say_tokens(stage.start or 0)} → {say_tokens(stage.to or 0)}  {rate}  "
+        f"[dim]{stage.id}[/dim]"
+    )
+    if stage.resume_from is not None:
+        line += f"  resumes at {say_tokens(stage.resume_from)}"
+    if last["to"] is not None and last["shape"] != "constant":
+        line += "  [dim]cannot be extended[/dim]"
+    if evals:
+        done = sum(e.cached for e in evals)
+        line += f"  evals {done}/{len(evals)}"
+    return line
+
+
+def _print_ledger(console: Console, the_plan: Plan, store: Store) -> None:
+    table = Table(title="tokens and epochs per source", title_justify="left", box=None, pad_edge=False)
+    for name in ("variants", "source", "tokens", "epochs", "replayed"):
+        table.add_column(name, justify="left" if name in ("variants", "source") else "right")
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for variant in the_plan.variants:
+        book = ledger_of(variant, bins_known(the_plan, variant, store))
+        for account in book.packings:
+            epochs = f"{'' if account.exact else '≥ '}{account.epochs:.3g}"
+            key = (account.name, say_tokens(account.tokens), epochs, say_tokens(account.replayed))
+            rows.setdefault(key, []).append(variant.name)
+    for key, names in rows.items():
+        table.add_row(names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), *key)
+    console.print(table)
+
+
+def _summary(the_plan: Plan) -> str:
+    tokens, flops = the_plan.tokens(), the_plan.train_flops()
+    pretrainings, anneals = len(the_plan.ends(False)), len(the_plan.ends(True))
+    text = f"{len(the_plan.variants)} variants: {pretrainings} pretraining{'s' * (pretrainings != 1)}"
+    text += f", shared, and {anneals} anneal{'s' * (anneals != 1)}. " if anneals else ". "
+    text += (
+        f"{say_tokens(tokens['to_train'])} tokens to train ({say_tokens(tokens['unshared'])} unshared), "
+        f"{say_flops(flops['to_train'])}; at most {say_bytes(the_plan.disk_bytes())} of disk."
+    )
+    return text
+
+
+def finished(
+    the_plan: Plan, study: Mapping[str, Any], store: Store, outcomes: Mapping[str, Any], *, seconds: float
+) -> int:
+    """Print failures and the comparison table, write the report; the exit code."""
+    from zexp import report
+
+    console = Console(highlight=False)
+    if any(outcome.status not in ("done", "skipped") for outcome in outcomes.values()):
+        from zexp.study.launch import progress
+
+        progress.failures(list(the_plan.stages.values()), outcomes, console)
+    made = report.build(store.root, study["name"])
+    folder = made.write() if outcomes or not made.written else made.folder
+    made.print(console)
+    trained = sum(the_plan.stages[id].to_train for id, o in outcomes.items() if o.status == "done")
+    did = f"{say_tokens(trained)} tokens trained" if outcomes else "Nothing to train: everything was in the store"
+    console.print(f"{did}; {seconds:.0f} s." if seconds >= 10 else f"{did}; {seconds:.1f} s.")
+    console.print(f"Leaderboard: {folder / 'leaderboard.html'}", soft_wrap=True)
+    statuses = {outcome.status for outcome in outcomes.values()}
+    if "interrupted" in statuses:
+        console.print("Interrupted. The same command goes on from the last states.")
+        return 130
+    diverged = any(stage.diverged is not None for stage in the_plan.stages.values())
+    return 1 if diverged or statuses & {"failed", "diverged", "skipped"} else 0
+
+
+def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
+    """Parameters, FLOPs per token and bytes of each composed architecture; exit code 0. Raises ConfigError."""
+    answers = []
+    for one in composed:
+        run = run_of(one.config)
+        arch = {
+            "pattern": run.arch.pattern,
+            "width": run.arch.width,
+            "tie_embeddings": run.arch.tie_embeddings,
+            "norm": {"kind": run.arch.norm.kind, "eps": run.arch.norm.eps},
+            "blocks": run.arch.blocks,
+        }
+        model = blocks_resolve.resolve_model(arch, run.corpus.tokenizer.vocab_size)
+        answers.append(
+            {
+                "arch": one.choices.get("arch"),
+                "seq_len": run.seq_len,
+                "parameters": calc_model.parameters(model),
+                "flops_per_token": calc_model.flops_per_token(model, run.seq_len),
+                "memory": {
+                    "training": calc_model.checkpoint_bytes(model),
+                    "inference": {
+                        "kv_bytes_per_token": calc_model.kv_bytes_per_token(model),
+                        "state_bytes": calc_model.state_bytes(model),
+                    },
+                },
+                "blocks": [row.to_json() for row in calc_model.block_table(model, run.seq_len)],
+            }
+        )
+    if as_json:
+        print(json.dumps(answers[0] if len(answers) == 1 else {"architectures": answers}))
+        return 0
+    console = Console(highlight=False)
+    for answer in answers:
+        table = Table(title=f"{answer['arch']}, sequence length {answer['seq_len']}", title_justify="left", box=None)
+        for name in ("block", "parameters", "forward FLOP/token"):
+            table.add_column(name, justify="left" if name == "block" else "right")
+        for row in answer["blocks"]:
+            table.add_row(str(row["name"]), f"{row['parameters']:,}", f"{row['flops_per_token']:,.0f}")
+        total = answer["parameters"]
+        table.add_row("all", f"{total['total']:,}", f"{answer['flops_per_token']['forward']:,.0f}", style="bold")
+        console.print(table)
+        console.print(
+            f"{total['active']:,} active, {total['embedding']:,} of embeddings; "
+            f"training {answer['flops_per_token']['train']:,.0f} FLOP/token."
+        )
+    return 0
