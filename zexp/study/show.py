@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -166,7 +167,7 @@ def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
                         "state_bytes": calc_model.state_bytes(model),
                     },
                 },
-                "blocks": [row.to_json() for row in calc_model.block_table(model, run.seq_len)],
+                "blocks": [asdict(row) for row in calc_model.block_table(model, run.seq_len)],
             }
         )
     if as_json:
@@ -178,7 +179,7 @@ def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
         for name in ("block", "parameters", "forward FLOP/token"):
             table.add_column(name, justify="left" if name == "block" else "right")
         for row in answer["blocks"]:
-            table.add_row(str(row["name"]), f"{row['parameters']:,}", f"{row['flops_per_token']:,.0f}")
+            table.add_row(str(row["name"]), f"{row['parameters']:,}", f"{row['flops']:,.0f}")
         total = answer["parameters"]
         table.add_row("all", f"{total['total']:,}", f"{answer['flops_per_token']['forward']:,.0f}", style="bold")
         console.print(table)
