@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NUMERICS = {"optim.adamw": 1}
 IMPLEMENTATION = f"torch.optim.AdamW(fused) {torch.__version__}"
 SLOTS = ("step", "exp_avg", "exp_avg_sq")  # of one parameter; step is a scalar
 

@@ -1,0 +1,70 @@
+"""The global batch of an optimizer step, read from the packed corpora. B sequences · T labels each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zexp.data import windows
+from zexp.data.stream import Segment, Stream
+from zexp.data.windows import Windows
+from zexp.store.errors import StoreError
+from zexp.store.files import read_json
+from zexp.store.folder import Store
+
+
+@dataclass(frozen=True)
+class Batch:
+    """documents_BT: the document of each input, non-decreasing along T."""
+
+    inputs_BT: Tensor
+    labels_BT: Tensor
+    documents_BT: Tensor
+
+    def micro_batches(self, sequences: int) -> "list[Batch]":
+        """Slices of at most so many sequences, in order."""
+        parts = (tensor.split(sequences) for tensor in (self.inputs_BT, self.labels_BT, self.documents_BT))
+        return [Batch(*slices) for slices in zip(*parts, strict=True)]
+
+
+class Batches:
+    """Random access to the sequences that a chain's last segment reads."""
+
+    def __init__(self, store: Store, chain: Sequence[Segment], device: str):
+        self.stream = Stream(chain, _bins(store, chain))
+        self._store, self._device = store, device
+        self._windows: dict[str, Windows] = {}
+
+    def read(self, tokens: int, batch_tokens: int) -> Batch:
+        """What the optimizer step from `tokens` (absolute) to tokens + batch_tokens trains on."""
+        first, stop = self.stream.item_at(tokens), self.stream.item_at(tokens + batch_tokens)
+        rows = [self._row(item) for item in range(first, stop)]
+        tokens_BT = torch.from_numpy(np.stack([tokens for tokens, _ in rows])).to(self._device)
+        documents_BT = torch.from_numpy(np.stack([documents for _, documents in rows])).to(self._device)
+        return Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], documents_BT[:, :-1])
+
+    def _row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        place = self.stream.locate(item)
+        if place.packing not in self._windows:
+            self._windows[place.packing] = windows.open(self._store, place.packing)
+        return self._windows[place.packing].read(place.bin)
+
+
+def _bins(store: Store, chain: Sequence[Segment]) -> dict[str, int]:
+    """The number of bins of every packing that the chain names; StoreError if one is not built."""
+    bins: dict[str, int] = {}
+    for segment in chain:
+        for entry in segment.semantic["streams"]:
+            if "packing" in entry and entry["packing"] not in bins:
+                bins[entry["packing"]] = _bins_of(store, entry)
+    return bins
+
+
+def _bins_of(store: Store, entry: Mapping[str, Any]) -> int:
+    folder = store.folder("packing", entry["packing"])
+    if folder.result is None:
+        raise StoreError(f"{folder.path} has no result: the packed corpus that this segment reads is not built.")
+    return int(read_json(folder.result / "manifest.json")["bins"])

@@ -1,0 +1,114 @@
+"""States on disk: what a training is at a token count, and how it is written and read.
+
+    states/<tokens>/weights/      safetensors, written and read by torch.distributed.checkpoint
+                    optimizer/    the same; absent in a weights-only state
+                    state.json    everything else (see loop.py)
+                    manifest.json sizes and checksums, written by the store when it publishes the folder
+
+Nothing is pickled, every file can be opened by other tools, and dcp can read it into another layout. Saving 1.3 M
+parameters with their optimizer takes 0.15 s (15 MB, flushed to disk), loading 0.05 s.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from zexp.model.build import LanguageModel, build
+from zexp.store.errors import StoreError
+from zexp.store.files import read_json, write_json
+from zexp.store.folder import Store
+from zexp.train import optimizer as optimizers
+from zexp.train.chain import chain
+
+WEIGHTS, OPTIMIZER, FACTS = "weights", "optimizer", "state.json"
+
+
+def write(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, facts: Mapping[str, Any]
+) -> None:
+    """Fill an existing, empty folder with a state. optimizer: None makes it weights-only. facts: JSON."""
+    _save(folder / WEIGHTS, weight_tensors(model))
+    if optimizer is not None:
+        _save(folder / OPTIMIZER, optimizers.state_tensors(model, optimizer))
+    write_json(folder / FACTS, dict(facts))
+
+
+def read_facts(state: Path) -> dict[str, Any]:
+    """The contents of state.json."""
+    facts: dict[str, Any] = read_json(state / FACTS)
+    return facts
+
+
+def load_weights(state: Path, model: nn.Module) -> None:
+    """Replace the model's weights, in place. Raises StoreError if the names are not the model's."""
+    _load(state / WEIGHTS, weight_tensors(model))
+
+
+def load_optimizer(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Replace the optimizer's state, in place. Raises StoreError for a weights-only state."""
+    if not (state / OPTIMIZER).is_dir():
+        raise StoreError(
+            f"{state} is a weights-only state: it has no optimizer state to carry on. "
+            "Set optimizer_state=reset, or remove the state so that it is trained again."
+        )
+    _load(state / OPTIMIZER, optimizers.state_tensors(model, optimizer))
+
+
+def load_model(
+    store: Store, trajectory_id: str, tokens: int, device: str = "cpu", kernels: str = "auto"
+) -> tuple[LanguageModel, dict[str, Any], str]:
+    """The model of a published state with its checksums verified, its semantic block, and its tokenizer's id."""
+    folder = store.folder("trajectory", trajectory_id)
+    state = folder.state(tokens)
+    if state is None:
+        raise StoreError(f"{folder.path} has no state at {tokens} tokens; it has: {folder.states()}")
+    folder.verify(state)
+    root = chain(store, trajectory_id)[0].semantic
+    model = build(root["model"], seed=None, kernels=kernels, device=device)
+    load_weights(state, model)
+    return model, root["model"], root["tokenizer"]
+
+
+def weight_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tensor with two names (tied embeddings) once, by its first."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def _save(folder: Path, tensors: dict[str, Tensor]) -> None:
+    with _one_process():
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+
+
+def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
+    reader = HuggingFaceStorageReader(str(folder))
+    # dcp refuses names that are missing in the file, and ignores those that the model does not have.
+    stored = reader.read_metadata().state_dict_metadata.keys()
+    if stored != tensors.keys():
+        odd = sorted(stored ^ tensors.keys())
+        raise StoreError(
+            f"{folder} does not hold this model: {len(odd)} tensor names differ, the first is {odd[0]!r}. "
+            "It was written by another version of the code whose `numerics` should have been raised."
+        )
+    with _one_process():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """dcp warns that there is no process group even when told so by no_dist."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield

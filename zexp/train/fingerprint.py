@@ -1,0 +1,66 @@
+"""The numerics fingerprint: what decides the last bits of a training besides its id.
+
+Two trainings of one id under one fingerprint agree bit for bit; under different ones within rounding. A state records
+which stretches of its tokens were trained under which fingerprint, its ancestors' included.
+"""
+
+import functools
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zexp.blocks.resolve import numerics
+from zexp.kernels import select
+from zexp.store.ids import semantic_id, short
+from zexp.train.optimizer import IMPLEMENTATION
+
+
+def fingerprint(model: Mapping[str, Any], request: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """model: the semantic block; request: micro_batch, threads, kernels, deterministic; device: cpu or cuda."""
+    backends = select.backends(request["kernels"], select.operations_of(numerics(model)))
+    packages = {select.FUSED[name][1] for name, backend in backends.items() if backend == "fused"}
+    return {
+        "device": device_model(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+        "backends": backends,
+        "packages": {name: metadata.version(name) for name in sorted(packages)},
+        "threads": request["threads"],
+        "micro_batch": request["micro_batch"],
+        "layout": "one process",
+        "optimizer": IMPLEMENTATION,
+        "deterministic": request["deterministic"],
+    }
+
+
+def name_of(details: Mapping[str, Any]) -> str:
+    """16 hex digits."""
+    return short(semantic_id(dict(details)))
+
+
+@functools.cache
+def device_model(device: str) -> str:
+    """The name that the vendor gives the device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def extended(
+    intervals: list[dict[str, Any]], start: int, to: int, fingerprint_name: str
+) -> list[dict[str, Any]]:
+    """The intervals {from, to, fingerprint} of a state, lengthened by [start, to)."""
+    if to == start:
+        return intervals
+    if intervals and intervals[-1]["to"] == start and intervals[-1]["fingerprint"] == fingerprint_name:
+        return [*intervals[:-1], {**intervals[-1], "to": to}]
+    return [*intervals, {"from": start, "to": to, "fingerprint": fingerprint_name}]

@@ -1,0 +1,111 @@
+"""Where a training's curves go besides attempts/<n>/metrics.jsonl, which is always written.
+
+`logger=wandb` sends them to Weights & Biases: the run's id is the trajectory's (its first 16 digits), so that every
+attempt, and the scores later, belong to one run. Without a key the run is written offline and can be sent later.
+"""
+
+import logging
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+log = logging.getLogger(__name__)
+
+
+class Curves(Protocol):
+    """Receives what metrics.jsonl receives."""
+
+    def write(self, figures: Mapping[str, Any]) -> None:
+        """figures: step, tokens, loss, …"""
+
+    def close(self) -> None:
+        """Flush; nothing is written afterwards."""
+
+
+class NoCurves:
+    """`logger=jsonl`."""
+
+    def write(self, figures: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbCurves:
+    """`logger=wandb`."""
+
+    def __init__(self, options: Mapping[str, Any], run_id: str, config: Mapping[str, Any], directory: Path) -> None:
+        import wandb  # 1 s to import, so only when asked for
+
+        self._mode = _mode()
+        self._run = wandb.init(
+            project=options.get("project"),
+            entity=options.get("entity"),
+            id=run_id,
+            name=run_id,
+            # Offline runs cannot look a run up; `wandb sync` joins those of one id.
+            resume="allow" if self._mode == "online" else None,
+            config=dict(config),
+            dir=str(directory),
+            mode=self._mode,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._run.define_metric("*", step_metric="tokens")
+        if self._mode == "offline":
+            log.info(
+                "wandb: no API key, so the run is written offline, to %s. To send it: wandb sync %s",
+                Path(self._run.dir).parent,
+                Path(self._run.dir).parent,
+            )
+
+    def write(self, figures: Mapping[str, Any]) -> None:
+        self._run.log(dict(figures))
+
+    def summarise(self, scores: Mapping[str, Any]) -> None:
+        """Set final values, shown beside the run."""
+        self._run.summary.update(dict(scores))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_curves(
+    options: Mapping[str, Any] | None, run_id: str, config: Mapping[str, Any], directory: Path
+) -> Curves:
+    """options: the request's `logger` block {kind: jsonl | wandb, project, entity}; null = jsonl.
+    directory: an existing folder of this attempt, for what the logger leaves on disk."""
+    kind = (options or {}).get("kind", "jsonl")
+    if kind == "jsonl":
+        return NoCurves()
+    if kind == "wandb":
+        return WandbCurves(options or {}, run_id, config, directory)
+    raise ValueError(f"logger.kind = {kind!r}; one of: jsonl, wandb")
+
+
+def send_scores(
+    options: Mapping[str, Any] | None, run_id: str, scores: Mapping[str, float], directory: Path
+) -> None:
+    """Add final scores {task/metric: value} to a trajectory's run, if the logger is wandb."""
+    if (options or {}).get("kind", "jsonl") != "wandb":
+        return
+    curves = WandbCurves(options or {}, run_id, {}, directory)
+    curves.summarise(scores)
+    curves.close()
+
+
+def _mode() -> str:
+    """WANDB_MODE if set; else online with an API key (environment or netrc), offline without."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
+
+
+def _netrc_has_key() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except FileNotFoundError:
+        return False

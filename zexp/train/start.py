@@ -1,0 +1,122 @@
+"""Where a segment's training begins: at its own newest good state, at its parent's, or at initial weights."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zexp.data.stream import Segment, Stream
+from zexp.model.build import build, decayed
+from zexp.model.language_model import LanguageModel
+from zexp.store.attempt import Attempt
+from zexp.store.errors import StoreError
+from zexp.store.folder import Store
+from zexp.train import checkpoint, optimizer
+from zexp.train.chain import start_tokens
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Training:
+    """A state in memory.
+
+    step: optimizer steps since the root's initial weights. intervals and fingerprints: under which numerics fingerprint
+    which tokens were trained. above: consecutive steps above the bound of divergence.py.
+    """
+
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    tokens: int
+    step: int
+    intervals: list[dict[str, Any]]
+    fingerprints: dict[str, dict[str, Any]]
+    above: int = 0
+
+    def facts(self, stream: Stream) -> dict[str, Any]:
+        """The contents of state.json."""
+        return {
+            "tokens": self.tokens,
+            "step": self.step,
+            "cursors": stream.consumed(self.tokens),
+            "fingerprints": self.intervals,
+            "fingerprint_details": self.fingerprints,
+            "steps_above_bound": self.above,
+        }
+
+
+def begin(
+    store: Store, chain: Sequence[Segment], stream: Stream, target: int, attempt: Attempt, kernels: str, device: str
+) -> Training:
+    """The training at the newest token count up to `target` that can be had.
+
+    A state of this trajectory that fails its checksums is set aside, said in the log, and the one before it is tried.
+    Raises StoreError if the parent's state is missing or damaged: its own stage has to make it again.
+    """
+    root, last = chain[0].semantic, chain[-1].semantic
+
+    def blank(seed: int | None) -> Training:
+        # Weights are drawn (seconds for billions of them) only where no state is loaded over them.
+        model = build(root["model"], seed=seed, kernels=kernels, device=device)
+        return Training(model, optimizer.build(model, last["optim"], decayed(model)), 0, 0, [], {})
+
+    if (state := _newest_good(attempt, target)) is not None:
+        training = blank(seed=None)
+        _load(training, state, stream, with_optimizer=True)
+        log.info("Resuming at %d tokens.", training.tokens)
+    elif last["parent"] is not None:
+        fork = start_tokens(last)
+        parent = store.folder("trajectory", last["parent"]["id"])
+        if (state := parent.state(fork)) is None:
+            raise StoreError(f"{parent.path} has no state at {fork} tokens to fork from.")
+        parent.verify(state)
+        training = blank(seed=None)
+        carry = last["optimizer_state"] == "carry"
+        _load(training, state, Stream(chain[:-1]), with_optimizer=carry)
+        training.above = 0
+        log.info("Forking at %d tokens; the optimizer's state is %s.", fork, "carried" if carry else "reset")
+    else:
+        training = blank(seed=root["seeds"]["init"])
+    return training
+
+
+def _newest_good(attempt: Attempt, target: int) -> Path | None:
+    """The trajectory's newest state up to `target` that can be trained on; damaged ones are set aside."""
+    folder = attempt.folder
+    for tokens in reversed([tokens for tokens in folder.states() if tokens <= target]):
+        state = folder.state(tokens)
+        assert state is not None
+        if not (state / checkpoint.OPTIMIZER).is_dir():
+            log.info("The state at %d tokens has weights only: resuming before it.", tokens)
+            continue
+        try:
+            folder.verify(state)
+        except StoreError as error:
+            set_aside(attempt, tokens, error)
+        else:
+            return state
+    return None
+
+
+def set_aside(attempt: Attempt, tokens: int, error: StoreError) -> None:
+    """Move a damaged state into the attempt's folder and say so."""
+    attempt.set_aside(f"states/{tokens}")
+    log.warning("The state at %d tokens is damaged; it is set aside in %s.\n%s", tokens, attempt.path, error)
+
+
+def _load(training: Training, state: Path, stream: Stream, with_optimizer: bool) -> None:
+    facts = checkpoint.read_facts(state)
+    if facts["cursors"] != stream.consumed(facts["tokens"]):
+        raise StoreError(
+            f"{state} was trained on other data than its config says: its cursors are {facts['cursors']}, "
+            f"not {stream.consumed(facts['tokens'])}. The code of the data order changed without its `numerics`."
+        )
+    checkpoint.load_weights(state, training.model)
+    if with_optimizer:
+        checkpoint.load_optimizer(state, training.model, training.optimizer)
+    training.tokens, training.step = facts["tokens"], facts["step"]
+    training.intervals, training.fingerprints = facts["fingerprints"], facts["fingerprint_details"]
+    training.above = facts["steps_above_bound"]

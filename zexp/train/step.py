@@ -1,0 +1,41 @@
+"""The gradient of one optimizer step: the global batch in micro-batches.
+
+The loss is the mean over the labels of the *global* batch, so how it is cut changes the last bits and nothing else.
+A step draws no random numbers: there is no generator whose state would have to be stored.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from zexp.model.language_model import LanguageModel
+from zexp.train.batches import Batch
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def backward(
+    model: LanguageModel, batch: Batch, *, micro_batch: int, precision: str, document_mask: bool
+) -> Tensor:
+    """Add the gradients of the batch's mean loss to the parameters' .grad; the loss in nats a token, a scalar.
+
+    micro_batch: sequences of a forward pass. precision: fp32, or bf16 (autocast; weights, gradients and the loss stay
+    fp32). document_mask: nothing passes from one document to the next.
+    """
+    total = torch.zeros((), device=batch.inputs_BT.device)
+    for part in batch.micro_batches(micro_batch):
+        with _arithmetic(precision, batch.inputs_BT.device.type):
+            hidden_BTD = model(part.inputs_BT, part.documents_BT if document_mask else None)
+            loss = model.loss_sum(hidden_BTD, part.labels_BT) / batch.labels_BT.numel()
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _arithmetic(precision: str, device_type: str) -> AbstractContextManager[None]:
+    if precision == "fp32":
+        return nullcontext()
+    if precision == "bf16":
+        return torch.autocast(device_type, dtype=torch.bfloat16)  # type: ignore[no-any-return]
+    raise ValueError(f"precision = {precision!r}; one of: {', '.join(PRECISIONS)}")
