@@ -1,6 +1,6 @@
 """Fingerprints of input files: relative name + size + sha256.
 
-The sha256 is cached by (path, size, mtime, inode), so that a plan over gigabytes of text costs one stat a file.
+The sha256 is cached by (path, size, mtime, inode): a plan over gigabytes of text costs one stat a file.
 Deleting the cache only costs time.
 """
 

@@ -217,7 +217,7 @@ class StageFolder:
         done: Callable[[], bool] | None = None,
         on_wait: Callable[[dict[str, Any], float], None] | None = None,
     ) -> Attempt | None:
-        """Take the lease and open attempts/<n>, with request in request.yaml. Entering it starts the heartbeat.
+        """Take the lease and open attempts/<n>, with request in request.yaml. Entering starts the heartbeat.
 
         While somebody alive holds the lease, wait; None as soon as done() is true (looked at before and after
         taking the lease, too). on_wait(facts of the holder, seconds waited) is called at every look (default

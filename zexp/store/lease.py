@@ -107,7 +107,7 @@ def acquire(
 
 
 class Lease:
-    """Lease n of a folder, taken by acquire(). Beats from start() to release(), in the process that starts it."""
+    """Lease n of a folder, taken by acquire(). Beats from start() to release(), in one process."""
 
     def __init__(self, folder: Path, n: int, times: LeaseTimes):
         self.folder = folder
