@@ -47,7 +47,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *tensors: ssd(*tensors, chunk=4), made)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0], ids=["long memory", "usual", "forgets at once"])
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0], ids=["long memory", "usual", "forgets at once"])
 def test_single_precision_gradients_stay_close_to_double(scale):
     case = (1, 256, 2, 16, 1, 16, 64)
     double = inputs(case, torch.float64, scale)

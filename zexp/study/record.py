@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zexp.study.plan import Plan, bins_known, ledger_of
-from zexp.study.resolve import Variant
 from zexp.store import files
 from zexp.store.folder import Store
+from zexp.study.plan import Plan, bins_known, ledger_of
+from zexp.study.resolve import Variant
 from zexp.train.phases import PhaseSpan
 
 VARIANTS = "variants.json"

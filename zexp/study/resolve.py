@@ -17,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue
 from zexp.blocks import resolve as blocks_resolve
 from zexp.calc import model as calc_model
 from zexp.config.errors import ConfigError, Problems
-from zexp.config.schema import Corpus, Mix, MixSource, Run, Source
+from zexp.config.schema import Corpus, Mix, Run, Source
 from zexp.data import recipe
 from zexp.evaluate import plan as evaluate_plan
 from zexp.store.ids import semantic_id

@@ -277,7 +277,7 @@ def _tail(
 
 
 def _check_fraction(value: float, key: str, problems: Problems, *, above_one: bool = False) -> None:
-    if not 0.0 <= value or (value > 1.0 and not above_one):
+    if not value >= 0.0 or (value > 1.0 and not above_one):
         problems.add(f"{key} = {value} is not between 0 and 1.")
 
 
