@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from zexp.config.errors import ConfigError
 from zexp.config.places import conf_dir, user_conf_dir
 from zexp.config.schema import Run
-from zexp.study.execute import Composed, Request, act
+from zexp.study import execute, show
+from zexp.study.resolve import Composed
 
 
 class _Verb:
@@ -70,7 +71,8 @@ def _task(config: DictConfig) -> float | None:
     """One composed config, without -m."""
     node = HydraConfig.get()
     composed = Composed(config, dict(node.runtime.choices), {}, list(node.overrides.task))
-    return act_on([composed], node.launcher)[0].return_value
+    job = act_on([composed], node.launcher)[0]
+    return job.return_value if job.status == JobStatus.COMPLETED else None
 
 
 _task.__qualname__ = "zexp"
@@ -78,10 +80,20 @@ _task.__qualname__ = "zexp"
 
 def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
     """What the verb does with the variants; one JobReturn for each, in order."""
-    request = Request(_Verb.name, _Verb.json, dict(launcher), Path.cwd(), _Verb.started)
-    done = act(composed, request)
-    _Verb.exit_code = max(_Verb.exit_code, done.exit_code)
-    return [job_return for job_return in done.job_returns]
+    variants = list(composed)
+    if _Verb.name == "calc":
+        _Verb.exit_code = show.calc(variants, as_json=_Verb.json)
+        return execute.completed(variants)
+    request = execute.Request(dict(launcher), Path.cwd())
+    if _Verb.name == "plan":
+        plan, study, store, _ = execute.planned(variants, request)
+        show.plan(plan, study, store, as_json=_Verb.json)
+        return execute.completed(variants)
+    from zexp.finish import finish
+
+    acted = execute.act(variants, request)
+    _Verb.exit_code = max(_Verb.exit_code, finish(acted, seconds=time.monotonic() - _Verb.started))
+    return acted.job_returns
 
 
 def is_own_task(task: Any) -> bool:

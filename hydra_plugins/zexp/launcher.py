@@ -43,7 +43,7 @@ class ZexpLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Variants as (axes, overrides): what zexp's sweeper calls. One JobReturn each, in order."""
         from zexp.hydra_app import act_on
-        from zexp.study.execute import Composed
+        from zexp.study.resolve import Composed
 
         assert self.config is not None and self.hydra_context is not None
         setup_globals()

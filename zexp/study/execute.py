@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,32 +15,35 @@ from omegaconf import OmegaConf
 from zexp.config.errors import ConfigError
 from zexp.store.folder import Store
 from zexp.study import plan as plans
-from zexp.study import record, show
+from zexp.study import record
 from zexp.study.resolve import Composed, Resolver, Variant
 from zexp.study.variants import study_name
 
-__all__ = ["Acted", "Composed", "Request", "act"]
+__all__ = ["Acted", "Composed", "Request", "act", "completed", "planned"]
 
 DATA_KINDS = ("tokenizer", "corpus", "packing", "tasks")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A verb with its surroundings. launcher: the node hydra.launcher; started: monotonic time of the process."""
+    """Where and how. launcher: the node hydra.launcher; directory: what relative paths are relative to."""
 
-    verb: str
-    json: bool
     launcher: dict[str, Any]
     directory: Path
-    started: float
 
 
 @dataclass(frozen=True)
 class Acted:
-    """One JobReturn for each composed config, in order, and the exit code of all."""
+    """What came of a run: one JobReturn for each composed config, in order, the plan, and how its stages ended.
+
+    outcomes: by stage id; empty if everything was in the store.
+    """
 
     job_returns: list[JobReturn]
-    exit_code: int
+    plan: plans.Plan
+    study: dict[str, Any]
+    store: Store
+    outcomes: dict[str, Any]
 
 
 class StageFailed(RuntimeError):
@@ -49,25 +51,25 @@ class StageFailed(RuntimeError):
 
 
 def act(composed: list[Composed], request: Request) -> Acted:
-    """Do what the verb says. Raises ConfigError before anything has started if the request is wrong."""
-    if request.verb == "calc":
-        return Acted(_empty(composed), show.calc(composed, as_json=request.json))
+    """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong."""
+    plan, study, store, variants = planned(composed, request)
+    change = record.record(study["name"], study, plan, store)
+    line = change.line(study["name"])
+    if line is not None:
+        print(line)
+    outcomes = _run(plan, store, request) if plan.to_do else {}
+    return Acted(_job_returns(composed, variants, plan, study, store), plan, study, store, outcomes)
+
+
+def planned(composed: list[Composed], request: Request) -> tuple[plans.Plan, dict[str, Any], Store, list[Variant]]:
+    """The plan of the composed configs with their study and store; starts nothing. Raises ConfigError."""
     store = _store(composed)
     variants = Resolver(store.root, request.directory).variants(composed)
     plan = plans.build(variants, store)
     plans.check_sources(plan, store)
     study = _study(composed, variants)
     _check_metric(study, variants)
-    if request.verb == "plan":
-        show.plan(plan, study, store, as_json=request.json)
-        return Acted(_empty(composed), 0)
-    change = record.record(study["name"], study, plan, store)
-    line = change.line(study["name"])
-    if line is not None:
-        print(line)
-    outcomes = _run(plan, store, request) if plan.to_do else {}
-    code = show.finished(plan, study, store, outcomes, seconds=time.monotonic() - request.started)
-    return Acted(_job_returns(composed, variants, plan, study, store), code)
+    return plan, study, store, variants
 
 
 def _store(composed: list[Composed]) -> Store:
@@ -188,7 +190,8 @@ def _objective(variant: Variant, plan: plans.Plan, metric: str | None, store: St
     return float(metrics[name]["value"])
 
 
-def _empty(composed: list[Composed]) -> list[JobReturn]:
+def completed(composed: list[Composed]) -> list[JobReturn]:
+    """JobReturns of a verb that only shows."""
     returns = []
     for one in composed:
         job = JobReturn(overrides=one.overrides, cfg=one.config, status=JobStatus.COMPLETED)

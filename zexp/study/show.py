@@ -115,32 +115,6 @@ def _summary(the_plan: Plan) -> str:
     return text
 
 
-def finished(
-    the_plan: Plan, study: Mapping[str, Any], store: Store, outcomes: Mapping[str, Any], *, seconds: float
-) -> int:
-    """Print failures and the comparison table, write the report; the exit code."""
-    from zexp import report
-
-    console = Console(highlight=False)
-    if any(outcome.status not in ("done", "skipped") for outcome in outcomes.values()):
-        from zexp.study.launch import progress
-
-        progress.failures(list(the_plan.stages.values()), outcomes, console)
-    made = report.build(store.root, study["name"])
-    folder = made.write() if outcomes or not made.written else made.folder
-    made.print(console)
-    trained = sum(the_plan.stages[id].to_train for id, o in outcomes.items() if o.status == "done")
-    did = f"{say_tokens(trained)} tokens trained" if outcomes else "Nothing to train: everything was in the store"
-    console.print(f"{did}; {seconds:.0f} s." if seconds >= 10 else f"{did}; {seconds:.1f} s.")
-    console.print(f"Leaderboard: {folder / 'leaderboard.html'}", soft_wrap=True)
-    statuses = {outcome.status for outcome in outcomes.values()}
-    if "interrupted" in statuses:
-        console.print("Interrupted. The same command goes on from the last states.")
-        return 130
-    diverged = any(stage.diverged is not None for stage in the_plan.stages.values())
-    return 1 if diverged or statuses & {"failed", "diverged", "skipped"} else 0
-
-
 def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
     """Parameters, FLOPs per token and bytes of each composed architecture; exit code 0. Raises ConfigError."""
     answers = []

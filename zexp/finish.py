@@ -1,0 +1,31 @@
+"""The end of `zexp run`: what failed, the comparison, where the leaderboard is, the exit code."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from zexp import report
+from zexp.config.tokens import say_tokens
+from zexp.study.execute import Acted
+from zexp.study.launch import progress
+
+
+def finish(acted: Acted, *, seconds: float) -> int:
+    """Print failures and the comparison table, write the report; the exit code. seconds: since the command began."""
+    the_plan, outcomes = acted.plan, acted.outcomes
+    console = Console(highlight=False)
+    if any(outcome.status not in ("done", "skipped") for outcome in outcomes.values()):
+        progress.failures(list(the_plan.stages.values()), outcomes, console)
+    made = report.build(acted.store.root, acted.study["name"])
+    folder = made.write() if outcomes or not made.written else made.folder
+    made.print(console)
+    trained = sum(the_plan.stages[id].to_train for id, o in outcomes.items() if o.status == "done")
+    did = f"{say_tokens(trained)} tokens trained" if outcomes else "Nothing to train: everything was in the store"
+    console.print(f"{did}; {seconds:.0f} s." if seconds >= 10 else f"{did}; {seconds:.1f} s.")
+    console.print(f"Leaderboard: {folder / 'leaderboard.html'}", soft_wrap=True)
+    statuses = {outcome.status for outcome in outcomes.values()}
+    if "interrupted" in statuses:
+        console.print("Interrupted. The same command goes on from the last states.")
+        return 130
+    diverged = any(stage.diverged is not None for stage in the_plan.stages.values())
+    return 1 if diverged or statuses & {"failed", "diverged", "skipped"} else 0
