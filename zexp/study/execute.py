@@ -100,7 +100,7 @@ def _check_metric(study: dict[str, Any], variants: list[Variant]) -> None:
     """study.metric and study.baseline must name what the variants have."""
     problems = []
     metric = study["metric"]
-    known = sorted({f"{e.task}/{name}" for v in variants for e in v.evals for name in e.semantic_metrics()})
+    known = sorted({f"{e.task}/{name}" for v in variants for e in v.evals for name in e.metrics or ()})
     if metric is not None and known and metric not in known and metric.split("/")[0] not in _open_ended(variants):
         problems.append(f"study.metric = {metric!r} is scored by no task of eval.tasks. There are: {', '.join(known)}.")
     for key, value in study["baseline"].items():
@@ -116,14 +116,15 @@ def _check_metric(study: dict[str, Any], variants: list[Variant]) -> None:
 
 def _open_ended(variants: list[Variant]) -> set[str]:
     """Tasks of lm-eval's own, whose metrics are known only when they have run."""
-    return {e.task for v in variants for e in v.evals if not e.semantic_metrics()}
+    return {e.task for v in variants for e in v.evals if e.metrics is None}
 
 
 def _run(plan: plans.Plan, store: Store, request: Request) -> dict[str, Any]:
     """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
     from zexp.store.provenance import provenance
-    from zexp.study.launch import run_stages
+    from zexp.study.dispatch import options_of, run_stages
 
+    options = options_of(request.launcher)
     facts = provenance()
     for stage in plan.to_do:
         kind = "trajectory" if stage.kind == "segment" else stage.kind
@@ -138,11 +139,11 @@ def _run(plan: plans.Plan, store: Store, request: Request) -> dict[str, Any]:
     data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS]
     rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]
     if data:
-        outcomes |= run_stages(data, store, request.launcher)
+        outcomes |= run_stages(data, store, options)
         if all(outcome.status == "done" for outcome in outcomes.values()):
             plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
     if rest:
-        outcomes |= run_stages(rest, store, request.launcher, before=outcomes)
+        outcomes |= run_stages(rest, store, options, before=outcomes)
     return outcomes
 
 

@@ -49,7 +49,10 @@ class DataStage:
 
 @dataclass(frozen=True)
 class EvalStage:
-    """One task on one state: index of the segment whose end is scored, and its tokens."""
+    """One task on one state: index of the segment whose end is scored, and its tokens.
+
+    metrics: what the task scores; None if only lm-eval knows.
+    """
 
     id: str
     semantic: dict[str, Any]
@@ -58,6 +61,7 @@ class EvalStage:
     tokens: int
     parents: list[tuple[str, str]]
     request: dict[str, Any]
+    metrics: list[str] | None
 
 
 @dataclass
@@ -285,7 +289,14 @@ class Resolver:
                 parents = [("tasks", tasks_id)] if tasks_id is not None else []
                 variant.evals.append(
                     EvalStage(
-                        semantic_id(semantic), semantic, task.name, span.last_segment, span.to, parents, dict(task.request)
+                        id=semantic_id(semantic),
+                        semantic=semantic,
+                        task=task.name,
+                        segment=span.last_segment,
+                        tokens=span.to,
+                        parents=list(parents),
+                        request=dict(task.request),
+                        metrics=task.metrics,
                     )
                 )
         return list(stages.values())

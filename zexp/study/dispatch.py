@@ -1,0 +1,74 @@
+"""Stages of a plan to the launcher that the config names, with live progress."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zexp.config.errors import ConfigError
+from zexp.store.folder import Store
+from zexp.study import plan as plans
+from zexp.study.launch import base, progress
+
+# Seconds on one slot, to put the critical path first; only their order matters. FLOP/s is one CPU core's.
+FLOPS_PER_SECOND = 2e10
+DATA_SECONDS = 5.0
+EVAL_SECONDS = 3.0
+
+
+def options_of(launcher: Mapping[str, Any]) -> base.LauncherOptions:
+    """The launcher's options from the node hydra.launcher. Raises ConfigError for keys that it does not have."""
+    given = {str(key): value for key, value in launcher.items() if key != "_target_"}
+    known = {field.name for field in dataclasses.fields(base.LauncherOptions)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ConfigError(
+            [f"hydra.launcher.{key}: there is no such option. There are: {', '.join(sorted(known))}." for key in unknown]
+        )
+    options = base.LauncherOptions(**given)
+    options.check()
+    return options
+
+
+def run_stages(
+    stages: Sequence[plans.Stage],
+    store: Store,
+    options: base.LauncherOptions,
+    before: Mapping[str, base.Outcome] | None = None,
+) -> dict[str, base.Outcome]:
+    """Run the stages, parents first; how each ended. before: outcomes of an earlier part of the plan, whose failures
+    skip what depends on them here."""
+    lost = {id for id, outcome in (before or {}).items() if outcome.status != "done"}
+    skipped: dict[str, base.Outcome] = {}
+    launched = []
+    for stage in stages:
+        failed = next((parent for parent in stage.parents if parent in lost), None)
+        diverged = stage.diverged is not None and not stage.request.get("retry_diverged")
+        if failed is not None:
+            skipped[stage.id] = base.Outcome(status="skipped", error=f"stage {failed} did not end well.")
+            lost.add(stage.id)
+        elif diverged:
+            assert stage.diverged is not None
+            reason = f"diverged at {stage.diverged['tokens']:,} tokens: {stage.diverged['reason']}"
+            skipped[stage.id] = base.Outcome(status="diverged", error=reason)
+            lost.add(stage.id)
+        else:
+            launched.append(to_launch(stage))
+    with progress.display(launched, store) as on_event:
+        return {**skipped, **base.launch(launched, store, options, on_event)}
+
+
+def to_launch(stage: plans.Stage) -> base.Stage:
+    """What the launcher needs to know of a stage."""
+    seconds = {"segment": stage.to_train * stage.flops_per_token / FLOPS_PER_SECOND, "eval": EVAL_SECONDS}
+    return base.Stage(
+        id=stage.id,
+        kind=stage.kind,
+        folder=stage.folder,
+        parents=tuple(stage.parents),
+        request=stage.request,
+        phase=stage.phase,
+        label=stage.label,
+        cost=seconds.get(stage.kind, DATA_SECONDS),
+    )
