@@ -1,0 +1,72 @@
+"""Wrong requests: one clear text each, exit code 2, and nothing started. All of a config's own mistakes at once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def zexp(*words: str, cwd: Path, store: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "ZEXP_STORE": str(store or cwd / "store"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "zexp.cli", *words], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["arch=transformer_tinny"], ["Could not find 'arch/transformer_tinny'", "transformer_tiny"]),
+        (["execution.micro_bach=4"], ["micro_bach", "not in"]),
+        (["seq_len=many"], ["seq_len", "'many'", "Integer"]),
+        (["arch.pattern='4*(a d'"], ["arch.pattern", "never closed"]),
+        (["arch.blocks.a.heads=5"], ["heads", "128", "5"]),
+        (["phases.pretrain.tokens=10B"], ["source base", "epochs", "max_epochs"]),
+        (["mix.sources.base.weight=-1"], ["mix.sources.base.weight = -1", "0 or above"]),
+        (["eval.tasks=[docstrng]"], ["docstrng", "docstring"]),
+        (["store=/proc/nowhere"], ["cannot write", "store=DIR"]),
+        (["kernels=fused"], ["zexp[gpu]"]),
+    ],
+    ids=["group choice", "misspelt key", "type", "pattern", "sizes", "too many tokens", "weight", "task", "store", "fused"],
+)
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_a_wrong_request_is_refused_before_anything_starts(verb, words, says, tmp_path):
+    done = zexp(verb, *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for text in says:
+        assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("store/trajectory/*")), "something was started"
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_all_of_zexps_own_mistakes_are_reported_together(tmp_path):
+    done = zexp("plan", "arch.blocks.a.heads=5", "execution.device=tpu", "eval.tasks=[docstrng]", "mix.sources.base.weight=-1",
+                cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 2
+    for text in ("heads", "execution.device = 'tpu'"):
+        assert text in done.stderr
+
+
+def test_an_unknown_verb_and_study_are_named(tmp_path):
+    done = zexp("rum", cwd=tmp_path)
+    assert (done.returncode, "zexp run" in done.stderr) == (2, True)
+    done = zexp("report", "quickstrat", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "'quickstrat' is no study" in done.stderr
+
+
+def test_a_metric_and_a_baseline_must_exist(tmp_path):
+    done = zexp("plan", "+sweeps=quickstart", "study.metric=cloze/accuracy", "study.baseline={arm: contrl}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cloze/acc" in done.stderr
+    assert "contrl" in done.stderr
+
+
+def test_a_choice_in_both_folders_names_both_files(tmp_path):
+    (tmp_path / "conf" / "arch").mkdir(parents=True)
+    (tmp_path / "conf" / "arch" / "mamba2_tiny.yaml").write_text("pattern: m\nwidth: 8\n")
+    done = zexp("plan", cwd=tmp_path)
+    assert done.returncode == 2
+    assert str(tmp_path / "conf/arch/mamba2_tiny.yaml") in done.stderr
+    assert "define the same choice" in done.stderr
