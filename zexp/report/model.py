@@ -160,6 +160,23 @@ class Report:
     curves: list[Curve]
     metric_names: list[str]
 
+    def ranked(self) -> list[Row]:
+        """Rows best first on the study's metric (else the first), those without it last."""
+        metric = self.metric if self.metric in self.metric_names else next(iter(self.metric_names), None)
+
+        def rank(row: Row) -> tuple[bool, float]:
+            cell = row.metrics.get(metric) if metric is not None else None
+            if cell is None:
+                return True, 0.0
+            return False, -cell.mean if cell.higher_is_better else cell.mean
+
+        return sorted(self.rows, key=rank)
+
+    def arrow(self, metric: str) -> str:
+        """Which way a metric is better."""
+        cells = (row.metrics[metric] for row in self.rows if metric in row.metrics)
+        return "↑" if next(cells).higher_is_better else "↓"
+
     def to_json(self) -> dict[str, Any]:
         counts = {status: sum(row.status == status for row in self.rows) for status in STATUSES}
         return {
