@@ -12,8 +12,8 @@ from zexp.report.curves import Curve, read_curve
 from zexp.report.fingerprints import Fingerprints
 from zexp.report.model import Report, Row, Stage, Unfinished
 from zexp.report.scores import Scored, cell_of, read_items, read_results
-from zexp.report.status import folder_of, read_stages, stopped_at, worst
 from zexp.report.statistics import Score
+from zexp.report.status import folder_of, read_stages, stopped_at, worst
 from zexp.report.tree import Mark, Trajectory
 from zexp.report.verdicts import compare, fingerprint_warnings
 from zexp.store import files
