@@ -1,0 +1,33 @@
+"""Finding GPUs and cores without torch."""
+
+import pytest
+
+from zexp.study.launch import machine
+
+LISTING = """GPU 0: NVIDIA H200 (UUID: GPU-01234567-89ab-cdef-0123-456789abcdef)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-11111111-89ab-cdef-0123-456789abcdef)
+  MIG 3g.20gb     Device  0: (UUID: MIG-aaaaaaaa-1111-5115-b30e-1a2a7a4e1d7f)
+  MIG 3g.20gb     Device  1: (UUID: MIG-bbbbbbbb-1111-5115-b30e-1a2a7a4e1d7f)
+"""
+
+
+def test_a_divided_gpu_counts_as_its_instances():
+    assert [uuid[:12] for uuid in machine.parse_gpus(LISTING)] == ["GPU-01234567", "MIG-aaaaaaaa", "MIG-bbbbbbbb"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("0,2", ["0", "2"]), ("", []), ("-1", []), ("1,-1,2", ["1"]), ("GPU-1, MIG-2", ["GPU-1", "MIG-2"])],
+)
+def test_a_preset_is_read_as_cuda_reads_it(preset, expected):
+    assert machine.gpus({"CUDA_VISIBLE_DEVICES": preset}) == expected
+
+
+def test_cpu_slots_share_the_cores_by_threads(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    none = {"CUDA_VISIBLE_DEVICES": ""}
+    assert machine.slots("auto", 3, none) == ["", ""]
+    assert machine.slots("auto", 16, none) == [""]
+    assert machine.slots("cuda", 1, none) == []
+    assert machine.slots("auto", 1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == ["0", "1"]
+    assert machine.slots("cpu", 4, {"CUDA_VISIBLE_DEVICES": "0,1"}) == ["", ""]
