@@ -9,6 +9,7 @@ Nothing is pickled, every file can be opened by other tools, and dcp can read it
 parameters with their optimizer takes 0.15 s (15 MB, flushed to disk), loading 0.05 s.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.logger import _dcp_logger
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zexp.model.build import LanguageModel, build
 from zexp.store.errors import StoreError
@@ -27,12 +30,13 @@ from zexp.store.folder import Store
 from zexp.train import optimizer as optimizers
 from zexp.train.chain import chain
 
+# It tells whatever logging is set up about every tensor, at DEBUG, whatever the level of the root logger.
+_dcp_logger.setLevel(logging.WARNING)
+
 WEIGHTS, OPTIMIZER, FACTS = "weights", "optimizer", "state.json"
 
 
-def write(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, facts: Mapping[str, Any]
-) -> None:
+def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, facts: Mapping[str, Any]) -> None:
     """Fill an existing, empty folder with a state. optimizer: None makes it weights-only. facts: JSON."""
     _save(folder / WEIGHTS, weight_tensors(model))
     if optimizer is not None:
@@ -94,13 +98,14 @@ def _save(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     reader = HuggingFaceStorageReader(str(folder))
-    # dcp refuses names that are missing in the file, and ignores those that the model does not have.
-    stored = reader.read_metadata().state_dict_metadata.keys()
-    if stored != tensors.keys():
-        odd = sorted(stored ^ tensors.keys())
+    # dcp refuses what is missing in the file, and ignores what the model does not have.
+    metadata = reader.read_metadata().state_dict_metadata
+    stored = {name: tuple(one.size) for name, one in metadata.items() if isinstance(one, TensorStorageMetadata)}
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if odd := sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)):
         raise StoreError(
-            f"{folder} does not hold this model: {len(odd)} tensor names differ, the first is {odd[0]!r}. "
-            "It was written by another version of the code whose `numerics` should have been raised."
+            f"{folder} does not hold this model: {len(odd)} tensors differ in name or shape. The first is {odd[0]}: "
+            f"{stored.get(odd[0])} in the file, {wanted.get(odd[0])} in the model."
         )
     with _one_process():
         dcp.load(tensors, storage_reader=reader, no_dist=True)

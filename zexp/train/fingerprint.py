@@ -55,9 +55,7 @@ def device_model(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def extended(
-    intervals: list[dict[str, Any]], start: int, to: int, fingerprint_name: str
-) -> list[dict[str, Any]]:
+def extended(intervals: list[dict[str, Any]], start: int, to: int, fingerprint_name: str) -> list[dict[str, Any]]:
     """The intervals {from, to, fingerprint} of a state, lengthened by [start, to)."""
     if to == start:
         return intervals

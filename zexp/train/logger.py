@@ -9,7 +9,7 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import urlparse
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class WandbCurves:
             resume="allow" if self._mode == "online" else None,
             config=dict(config),
             dir=str(directory),
-            mode=self._mode,
+            mode=cast(Any, self._mode),  # wandb checks it
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._run.define_metric("*", step_metric="tokens")
@@ -71,9 +71,7 @@ class WandbCurves:
         self._run.finish()
 
 
-def open_curves(
-    options: Mapping[str, Any] | None, run_id: str, config: Mapping[str, Any], directory: Path
-) -> Curves:
+def open_curves(options: Mapping[str, Any] | None, run_id: str, config: Mapping[str, Any], directory: Path) -> Curves:
     """options: the request's `logger` block {kind: jsonl | wandb, project, entity}; null = jsonl.
     directory: an existing folder of this attempt, for what the logger leaves on disk."""
     kind = (options or {}).get("kind", "jsonl")
@@ -84,9 +82,7 @@ def open_curves(
     raise ValueError(f"logger.kind = {kind!r}; one of: jsonl, wandb")
 
 
-def send_scores(
-    options: Mapping[str, Any] | None, run_id: str, scores: Mapping[str, float], directory: Path
-) -> None:
+def send_scores(options: Mapping[str, Any] | None, run_id: str, scores: Mapping[str, float], directory: Path) -> None:
     """Add final scores {task/metric: value} to a trajectory's run, if the logger is wandb."""
     if (options or {}).get("kind", "jsonl") != "wandb":
         return

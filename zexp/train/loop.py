@@ -205,16 +205,17 @@ def _machine(threads: int, deterministic: bool) -> Iterator[None]:
     """The request's threads and determinism for this process; what was set before comes back."""
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
-    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # an attribute that torch's type stubs do not know
+    fill_before = memory.fill_uninitialized_memory
     torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
     torch.use_deterministic_algorithms(deterministic)
     # It would write NaN into every fresh tensor to show reads of what was never written; that is the tests' business.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill_before
+        memory.fill_uninitialized_memory = fill_before
         torch.use_deterministic_algorithms(deterministic_before)
         torch.set_num_threads(threads_before)

@@ -15,9 +15,7 @@ from zexp.train.batches import Batch
 PRECISIONS = ("fp32", "bf16")
 
 
-def backward(
-    model: LanguageModel, batch: Batch, *, micro_batch: int, precision: str, document_mask: bool
-) -> Tensor:
+def backward(model: LanguageModel, batch: Batch, *, micro_batch: int, precision: str, document_mask: bool) -> Tensor:
     """Add the gradients of the batch's mean loss to the parameters' .grad; the loss in nats a token, a scalar.
 
     micro_batch: sequences of a forward pass. precision: fp32, or bf16 (autocast; weights, gradients and the loss stay
