@@ -55,7 +55,7 @@ def run_stages(
             lost.add(stage.id)
         else:
             launched.append(to_launch(stage))
-    with progress.display(launched, store) as on_event:
+    with progress.Progress(launched) as on_event:
         return {**skipped, **base.launch(launched, store, options, on_event)}
 
 

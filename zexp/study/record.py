@@ -50,11 +50,13 @@ def record(name: str, study: dict[str, Any], plan: Plan, store: Store) -> Change
         dropped = [n for n in before if n not in ends]
         altered = [n for n in ends if n in before and before[n] != ends[n]]
         if added or dropped or altered:
+            (folder / "revisions" / str(revision)).mkdir(parents=True, exist_ok=True)
             for file in (VARIANTS, "study.yaml"):
                 text = (folder / file).read_text(encoding="utf-8")
                 files.write_atomic(folder / "revisions" / str(revision) / file, text)
             revision += 1
     said = {**study, "name": name, "revision": revision}
+    folder.mkdir(parents=True, exist_ok=True)
     files.write_yaml(folder / "study.yaml", said)
     files.write_json(
         folder / VARIANTS,
