@@ -14,7 +14,7 @@ from typing import Any
 
 from zexp.store import files
 from zexp.store.folder import StageFolder, Store
-from zexp.store.ids import semantic_id, short
+from zexp.store.ids import round12, semantic_id, short
 
 STEP = 4096
 TRUNK, DECAY, ANNEAL = 128 * STEP, 141 * STEP, 165 * STEP
@@ -172,8 +172,8 @@ class _Maker:
             pieces = [{"from": start, "to": end, "shape": "one_minus_sqrt", "start": peak, "end": 0.0}]
         else:
             pieces = [
-                {"from": start, "to": start + 3 * STEP, "shape": "linear", "start": 0.0, "end": 0.75 * peak},
-                {"from": start + 3 * STEP, "to": end, "shape": "linear", "start": 0.75 * peak, "end": 0.0},
+                {"from": start, "to": start + 3 * STEP, "shape": "linear", "start": 0.0, "end": round12(0.75 * peak)},
+                {"from": start + 3 * STEP, "to": end, "shape": "linear", "start": round12(0.75 * peak), "end": 0.0},
             ]
         semantic = {
             "parent": None if parent is None else {"id": parent["full"], "tokens": start},

@@ -212,29 +212,35 @@ class _Reader:
 
 def _shared_pretrainings(groups: Mapping[tuple[bool, str], Sequence[Mapping[str, Any]]]) -> list[str]:
     """In words, what the seeds do not vary: it makes intervals and verdicts look surer than they are."""
-    warnings = []
-    between: dict[str, list[str]] = {}
+    within: list[str] = []
+    between: dict[str, set[str]] = {}
     for (pretrained, name), members in groups.items():
         if pretrained:
             continue
-        forks = {member.get("pretrained") for member in members} - {None}
         roots = {member["segments"][0] for member in members}
         chains = {tuple(member["segments"]) for member in members}
         if len(chains) > 1 and len(roots) == 1:
-            warnings.append(
-                f"The {len(chains)} seeds of {name} share one pretraining (seed {members[0].get('pretrain_seed')}): "
-                "its interval leaves out how much pretrainings differ, and understates the variance."
-            )
-        for fork in sorted(forks):
-            between.setdefault(fork, []).append(name)
-    shared = {fork: names for fork, names in between.items() if len(set(names)) > 1}
+            within.append(name)
+        for member in members:
+            if member.get("pretrained"):
+                between.setdefault(member["pretrained"], set()).add(name)
+    warnings = []
+    if within:
+        warnings.append(
+            f"All seeds of {_some(within)} share one pretraining seed: the interval over them leaves out how much "
+            "pretrainings differ, and understates the variance."
+        )
+    shared = [fork for fork, names in between.items() if len(names) > 1]
     if shared:
         warnings.append(
-            f"The arms of {', '.join(sorted(shared))} fork from the same pretrained state, that is from one "
-            "pretraining seed: differences between those arms leave out how pretrainings differ, and understate "
-            "the variance of a fresh run."
+            f"Arms share a pretraining seed: they fork from the same state of {_some(shared)}. Differences between "
+            "them leave out how much pretrainings differ, and understate the variance of a fresh run."
         )
     return warnings
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _no_study(store: Store, study: str) -> str:
