@@ -273,7 +273,7 @@ def test_verification_names_all_bad_files_at_once(tmp_path):
     folder = published(tmp_path)
     truncate(folder / "a")
     remove(folder / "sub/b")
-    with pytest.raises(StoreError, match="/a has 3 bytes.*; .*/b is missing"):
+    with pytest.raises(StoreError, match=r"/a has 3 bytes.*; .*/b is missing"):
         files.verify_manifest(folder)
 
 

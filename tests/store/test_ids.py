@@ -96,7 +96,7 @@ def test_a_key_that_is_no_plain_string_is_refused(key):
 def test_a_lone_surrogate_is_refused_because_a_pair_would_be_written_like_its_character():
     assert json.dumps("\U0001f600") == json.dumps("\ud83d\ude00")  # the collision
     for text in ("\ud83d\ude00", "\udcff"):
-        with pytest.raises(ValueError, match="name: .*surrogate"):
+        with pytest.raises(ValueError, match=r"name: .*surrogate"):
             canonical_json({"name": text})
 
 
@@ -120,13 +120,13 @@ def test_rounding_refuses_what_cannot_be_rounded_and_drops_the_sign_of_zero():
 
 
 def test_the_text_and_the_id_of_a_semantic_block_are_pinned():
-    # A change here orphans every stored result of every user: it needs a major version and a line in CHANGELOG.
+    # A change here orphans every stored result of every user: say so in CHANGELOG.
     semantic = {
         "parent": {"id": "0" * 64, "tokens": 577536},
         "lr": [{"from": 577536, "to": None, "shape": "linear", "start": 0.0, "end": 0.00225}],
         "optim": {"kind": "adamw", "betas": (0.9, 0.95), "eps": 1e-08, "clip": 1.0, "big": 1e16},
         "document_mask": True,
-        "näme": "a\"b\\c\n\u2028😀",
+        "näme": 'a"b\\c\n\u2028😀',
         "empty": [{}, [], ""],
     }
     assert canonical_json(semantic) == (

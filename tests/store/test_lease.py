@@ -21,7 +21,7 @@ with folder().attempt({}) as attempt:
     say(attempt.n)
     sys.stdin.readline()
 """
-SLOW = LeaseTimes(heartbeat=5.0, timeout=30.0, poll=0.02)  # as in production, so that "at once" means something
+SLOW = LeaseTimes(heartbeat=5.0, timeout=30.0, poll=0.02)  # as in production: "at once" means something
 
 
 def record(folder, n=1, **facts):
@@ -142,7 +142,7 @@ def test_a_stopped_holder_is_taken_over_after_the_timeout_and_then_cannot_publis
         assert attempt.n == 2
         os.kill(child.pid, signal.SIGCONT)
         child.write("")
-        assert child.read().startswith(f"LeaseLost: {folder.path}: lease 1 was taken over by lease 2 (process ")
+        assert child.read().startswith(f"LeaseLost: {folder.path}: lease 1 was taken over by lease 2 (process")
         assert child.wait() != 0
         assert folder.result is None
         scratch = attempt.scratch("result")
@@ -274,7 +274,9 @@ def test_of_racers_exactly_one_holds(tmp_path, store, make, start):
 
 
 def test_only_lease_numbers_count(tmp_path):
-    for name in ("lease.2", "lease.10", "lease.011", "lease.0", "lease.x", "lease.99.tmp", ".lease.50", "xlease.60"):
+    for name in ("2", "10", "011", "0", "x", "99.tmp", "-3", ""):
+        (tmp_path / f"lease.{name}").touch()
+    for name in (".lease.50", "xlease.60", "lease70"):
         (tmp_path / name).touch()
     assert highest(tmp_path) == 10
     assert highest(tmp_path / "nowhere") == 0

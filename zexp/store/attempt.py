@@ -92,9 +92,9 @@ class Attempt:
         finally:
             self._lease.stop()
 
-    def check(self) -> None:
-        """Raises LeaseLost if somebody took over. Cheap enough for every step: looks once a second."""
-        self._lease.check()
+    def check(self, *, fresh: bool = False) -> None:
+        """Raises LeaseLost if somebody took over. For every step: looks once a second, unless fresh."""
+        self._lease.check(fresh=fresh)
 
     def scratch(self, name: str) -> Path:
         """A new, empty folder in attempts/<n>/tmp, to build in and publish. Deleted when the attempt ends."""
@@ -165,7 +165,7 @@ class Attempt:
     def metric(self, **figures: Any) -> None:
         """Append a line to metrics.jsonl, with the time (s since 1970). NaN and infinities become null."""
         if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
+            self._metrics = FileIO(self.path / "metrics.jsonl", "ab")
         line = json.dumps(_finite({"time": time.time(), **figures}), allow_nan=False)
         self._metrics.write(line.encode() + b"\n")  # one write: a kill leaves at most one torn line, the last
 

@@ -9,6 +9,7 @@ config.yaml, provenance.json and the pins, which are the same whoever writes the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -113,11 +114,7 @@ class Store:
 
     def usage(self) -> dict[str, int]:
         """Bytes of the files in each of the kinds, studies and cache that is there."""
-        return {
-            name: _bytes(self.root / name)
-            for name in (*KINDS, "studies", "cache")
-            if (self.root / name).is_dir()
-        }
+        return {name: _bytes(self.root / name) for name in (*KINDS, "studies", "cache") if (self.root / name).is_dir()}
 
 
 @dataclass(frozen=True)
@@ -269,8 +266,6 @@ def _bytes(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # a temporary that was renamed meanwhile
                 total += os.lstat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:
-                pass  # a temporary that was renamed meanwhile
     return total

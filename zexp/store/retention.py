@@ -46,7 +46,7 @@ def prune(attempt: Attempt, keep: Collection[int], *, newest: int = 2) -> list[i
     gone = superfluous(rolling_states(folder), {*keep, *folder.pins()}, newest=newest)
     trash = folder.path / "trash"
     for tokens in gone:
-        attempt.check()
+        attempt.check(fresh=True)
         trash.mkdir(exist_ok=True)
         # Renamed first: killed at any instant, a state is whole in its place or not there.
         os.rename(folder.path / "states" / str(tokens), trash / f"{tokens}-{secrets.token_hex(4)}")
