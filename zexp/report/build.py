@@ -54,7 +54,7 @@ def build(store_root: Path, study: str) -> Report:
         revision=about.get("revision"),
         store=str(store.root),
         rows=sorted(rows, key=lambda row: row.pretrained),  # variants first, pretrained states after them
-        pairs=pairs,
+        pairs=sorted(pairs, key=lambda pair: pair.metric != metric),
         unfinished=unfinished,
         warnings=list(dict.fromkeys(warnings)),
         stages=list(stages.values()),
@@ -141,14 +141,14 @@ class _Reader:
         for stage in self.stages.values():
             if stage.kind == "segment":
                 cuts.setdefault(stage.folder, []).append(stage)
-        users: dict[str, dict[str, str]] = {folder: {} for folder in cuts}
+        rows: dict[str, list[str]] = {folder: [] for folder in cuts}
+        users: dict[str, list[str]] = {folder: [] for folder in cuts}
         evals: dict[str, list[str]] = {}
-        variants: dict[str, set[str]] = {folder: set() for folder in cuts}
-        for entry, pretrained in entries:
-            for stage_id in entry["segments"]:
-                users[self.stages[stage_id].folder][entry["name"]] = entry["row"]
-                if not pretrained:
-                    variants[self.stages[stage_id].folder].add(entry["name"])
+        for entry, pretrained in sorted(entries, key=lambda pair: pair[1]):
+            for folder in dict.fromkeys(self.stages[stage].folder for stage in entry["segments"]):
+                rows[folder].append(entry["row"])
+                if not (pretrained and users[folder]):
+                    users[folder].append(entry["name"])
             evals.setdefault(entry["segments"][-1], []).extend(entry["evals"].values())
         trajectories = []
         for folder, stages in cuts.items():
@@ -168,8 +168,8 @@ class _Reader:
                     start=stages[0].start or 0,
                     end=stages[-1].to or 0,
                     parent=parent.folder.rpartition("/")[2] if parent is not None else None,
-                    rows=list(dict.fromkeys(users[folder].values())),
-                    variants=len(variants[folder]),
+                    rows=list(dict.fromkeys(rows[folder])),
+                    users=users[folder],
                     status=worst([stage.status for stage in stages]),
                     marks=marks,
                 )

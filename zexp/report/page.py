@@ -103,8 +103,8 @@ def _levels(report: Report) -> list[dict[str, Any]]:
 
 
 def _label(trajectory: Trajectory) -> str:
-    rows = trajectory.rows
-    return ", ".join(rows[:2]) + (f" and {len(rows) - 2} more" if len(rows) > 2 else "")
+    users = trajectory.users
+    return ", ".join(users[:2]) + (f" and {len(users) - 2} more" if len(users) > 2 else "")
 
 
 def _curves(report: Report) -> dict[str, Any]:
@@ -126,8 +126,9 @@ def _curves(report: Report) -> dict[str, Any]:
             {
                 "id": curve.trajectory,
                 "label": trajectory.label,
-                "rows": _label(trajectory),
+                "variants": _label(trajectory),
                 "parent": trajectory.parent,
+                "start": trajectory.start,
                 "axes": values,
                 "loss": curve.loss,
                 "lr": curve.lr,

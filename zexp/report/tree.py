@@ -30,7 +30,7 @@ class Trajectory:
     """One segment's folder in the tree.
 
     start: where it begins, the fork's tokens; parent: the trajectory that it continues, by id.
-    rows: the rows that train through it; shared: by more than one variant.
+    rows: the rows that train through it; users: the variants (of a state nobody annealed: the pretrained one).
     """
 
     id: str
@@ -40,14 +40,15 @@ class Trajectory:
     end: int
     parent: str | None
     rows: list[str]
-    variants: int
+    users: list[str]
     status: str
     marks: list[Mark]
     lane: float = 0.0
 
     @property
     def shared(self) -> bool:
-        return self.variants > 1
+        """Trained once for several variants."""
+        return len(self.users) > 1
 
 
 @dataclass

@@ -54,7 +54,7 @@
   for (const axis of choices) colourBy.append(new Option(axis, axis));
   const hidden = new Set();
 
-  const valueOf = (series, axis) => (axis === "variant" ? series.rows : series.axes[axis]);
+  const valueOf = (series, axis) => (axis === "variant" ? series.variants : series.axes[axis]);
   const groupOf = (series) => {
     const value = valueOf(series, colourBy.value);
     return value === null || value === "None" ? SHARED : value;
@@ -100,15 +100,24 @@
     }
   }
 
-  // Exponential mean that starts unbiased (weights are normalised) and breaks where the loss is not finite.
-  function smoothed(points, alpha) {
-    let sum = 0, weight = 0;
-    return points.map(([tokens, value]) => {
-      if (value === null) { sum = 0; weight = 0; return [tokens, null]; }
-      sum = alpha * sum + (1 - alpha) * value;
-      weight = alpha * weight + (1 - alpha);
-      return [tokens, sum / weight];
-    });
+  // Exponential mean that starts unbiased (its weights are normalised), goes on from the parent's at the fork, so that
+  // a chain is one line, and breaks where the loss is not finite. Returns id -> points.
+  function chained(alpha) {
+    const done = {}; // series come parents first
+    for (const series of data.series) {
+      let sum = 0, weight = 0;
+      const points = [];
+      const before = (done[series.parent] || []).filter((point) => point[0] <= series.start && point[1] !== null).pop();
+      if (before) { points.push(before); [sum, weight] = before[2]; }
+      for (const [tokens, value] of series.loss) {
+        if (value === null) { sum = 0; weight = 0; points.push([tokens, null]); continue; }
+        sum = alpha * sum + (1 - alpha) * value;
+        weight = alpha * weight + (1 - alpha);
+        points.push([tokens, sum / weight, [sum, weight]]);
+      }
+      done[series.id] = series.loss.length ? points : [];
+    }
+    return done;
   }
 
   const tokensText = (n) => {
@@ -126,8 +135,9 @@
   function drawChart(chart) {
     const { box, key } = chart;
     const alpha = Number(document.getElementById("smooth").value);
+    const losses = key === "loss" ? chained(alpha) : null;
     const shown = data.series.filter((series) => series[key].length && !hidden.has(groupOf(series)))
-      .map((series) => ({ series, points: key === "loss" ? smoothed(series[key], alpha) : series[key] }));
+      .map((series) => ({ series, points: losses ? losses[series.id] : series[key] }));
     const margin = { top: 8, right: 16, bottom: 26, left: 62 };
     const width = box.clientWidth, height = chart.height;
     const host = d3.select(box);
@@ -182,7 +192,7 @@
         if (!best) { tip.style("display", "none"); return; }
         const series = best.one.series;
         tip.html("").style("display", "block");
-        tip.append("b").text(series.rows);
+        tip.append("b").text(series.variants);
         tip.append("div").text(`${series.label} · ${series.id}`);
         tip.append("div").text(`${d3.format(",")(best.point[0])} tokens: ${chart.format(best.point[1])}`);
         const left = mx + 16 + tip.node().offsetWidth > width ? mx - 16 - tip.node().offsetWidth : mx + 16;
