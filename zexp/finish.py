@@ -17,12 +17,12 @@ def finish(acted: Acted, *, seconds: float) -> int:
     if any(outcome.status not in ("done", "skipped") for outcome in outcomes.values()):
         progress.failures(list(the_plan.stages.values()), outcomes, console)
     made = report.build(acted.store.root, acted.study["name"])
-    folder = made.write() if outcomes or not made.written else made.folder
-    made.print(console)
+    paths = report.write(made)
+    report.print_tables(made, console)
     trained = sum(the_plan.stages[id].to_train for id, o in outcomes.items() if o.status == "done")
     did = f"{say_tokens(trained)} tokens trained" if outcomes else "Nothing to train: everything was in the store"
     console.print(f"{did}; {seconds:.0f} s." if seconds >= 10 else f"{did}; {seconds:.1f} s.")
-    console.print(f"Leaderboard: {folder / 'leaderboard.html'}", soft_wrap=True)
+    console.print(f"Leaderboard: {paths['html']}", soft_wrap=True)
     statuses = {outcome.status for outcome in outcomes.values()}
     if "interrupted" in statuses:
         console.print("Interrupted. The same command goes on from the last states.")

@@ -49,11 +49,18 @@ def status(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from zexp import report
+    from zexp.report.status import folder_of, read_stages
 
     store = Store(Path(options.store))
     names = [_study(store, options.study)] if options.study else _studies(store)
-    answer = {name: report.stage_statuses(store.root, name) for name in names}
+    answer = {}
+    for name in names:
+        planned = files.read_json(store.study(name) / "variants.json")["stages"]
+        answer[name] = [
+            {"id": s.id, "kind": s.kind, "label": s.label, "folder": s.folder, "status": s.status, "reason": s.reason}
+            | ({"status": "running"} if s.status != "done" and folder_of(store, s).holder() else {})
+            for s in read_stages(store, planned).values()
+        ]
     if options.json:
         print(json.dumps({"store": str(store.root), "studies": answer}))
         return 0
@@ -63,10 +70,10 @@ def status(arguments: list[str]) -> int:
         return 0
     table = Table(box=None, pad_edge=False)
     if options.study:
-        for column in ("stage", "kind", "what", "status"):
+        for column in ("stage", "kind", "what", "status", ""):
             table.add_column(column)
         for stage in answer[names[0]]:
-            table.add_row(stage["id"], stage["kind"], stage["label"], stage["status"])
+            table.add_row(*(stage[key] for key in ("id", "kind", "label", "status", "reason")))
     else:
         for column in ("study", "stages", "done", "running", "failed", "diverged"):
             table.add_column(column, justify="left" if column == "study" else "right")
@@ -90,13 +97,13 @@ def report(arguments: list[str]) -> int:
 
     store = Store(Path(options.store))
     made = reports.build(store.root, _study(store, options.study))
-    folder = made.write()
+    paths = reports.write(made)
     if options.json:
         print(json.dumps(made.to_json()))
         return 0
     console = Console(highlight=False)
-    made.print(console)
-    console.print(f"Leaderboard: {folder / 'leaderboard.html'}", soft_wrap=True)
+    reports.print_tables(made, console)
+    console.print(f"Leaderboard: {paths['html']}", soft_wrap=True)
     return 0
 
 

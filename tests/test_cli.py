@@ -1,0 +1,100 @@
+"""The command line as a user types it: Hydra's own flags, the plan as JSON, a folder of one's own from text to report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def zexp(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zexp.cli", *words],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_quickstart_is_three_pretrainings_shared_by_six_anneals(tmp_path):
+    done = zexp("plan", "--json", "+sweeps=quickstart", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["variants"] == 6
+    stages = {stage["id"]: stage for stage in plan["stages"]}
+    anneals = [stage for stage in stages.values() if stage["kind"] == "segment" and stage["phase"] == "anneal"]
+    ends = {parent for stage in anneals for parent in stage["parents"]}
+    assert len(anneals) == 6
+    assert len(ends) == plan["pretrainings"] == 3
+    assert all(stages[end]["phase"] == "pretrain" and stages[end]["to"] == 577_536 for end in ends)
+    assert all(sum(end in anneal["parents"] for anneal in anneals) == 2 for end in ends)
+    assert plan["tokens"] == {"to_train": 3 * 577_536 + 6 * 98_304, "shared": 3 * 577_536 + 6 * 98_304, "unshared": 6 * 675_840}
+    assert not any(stage["cached"] for stage in stages.values())
+
+
+def test_hydras_flags_work_and_leave_no_folders(tmp_path):
+    shown = zexp("run", "--cfg", "job", "arch=mamba2_tiny", "anneal.tokens=10M", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "pattern: 7*m" in shown.stdout
+    assert "tokens: 10M" in shown.stdout
+    helped = zexp("run", "--help", cwd=tmp_path)
+    assert helped.returncode == 0
+    assert "zamba2_tiny" in helped.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("line", "expected"), [("zexp run arch=zam", "arch=zamba2_tiny"), ("zexp plan anneal=repl", "anneal=replay60")])
+def test_the_shell_completes_choices_after_the_verb(tmp_path, line, expected):
+    done = zexp("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert expected in done.stdout.split()
+
+
+def test_several_values_are_a_study_named_by_its_axes(tmp_path):
+    done = zexp("plan", "--json", "-m", "arch=mamba2_tiny,zamba2_tiny", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    names = {name for stage in plan["stages"] for name in stage["variants"]}
+    assert names == {f"{arch},seed={seed}" for arch in ("mamba2_tiny", "zamba2_tiny") for seed in (0, 1)}
+
+
+def test_calc_counts_the_tiny_architectures(tmp_path):
+    counts = {}
+    for arch in ("transformer_tiny", "mamba2_tiny", "zamba2_tiny"):
+        done = zexp("calc", "--json", f"arch={arch}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        counts[arch] = json.loads(done.stdout)["parameters"]["total"]
+    assert counts == {"transformer_tiny": 1_311_360, "mamba2_tiny": 1_291_112, "zamba2_tiny": 1_306_976}
+    assert max(counts.values()) / min(counts.values()) < 1.02
+
+
+def test_a_folder_of_ones_own_runs_as_it_is_and_then_trains_nothing(tmp_path):
+    assert zexp("init", "mine", cwd=tmp_path).returncode == 0
+    folder = tmp_path / "mine"
+    done = zexp("run", "+sweeps=mine", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((folder / "store/studies/mine/report/leaderboard.json").read_text())
+    assert {row["variant"]: row["status"] for row in report["rows"]} == {
+        "rewarmed": "done", "straight": "done", "mine@pretrain": "done",
+    }  # fmt: skip
+    assert all(row["metrics"]["bpb_mine/bits_per_byte"]["mean"] > 0 for row in report["rows"])
+    again = zexp("run", "+sweeps=mine", cwd=folder)
+    assert again.returncode == 0
+    assert "Nothing to train" in again.stdout
+    assert len(list(folder.glob("store/trajectory/*/attempts/*"))) == 4
+    status = json.loads(zexp("status", "--json", cwd=folder).stdout)
+    assert {stage["status"] for stage in status["studies"]["mine"]} == {"done"}
+    assert zexp("init", "mine", cwd=tmp_path).returncode == 2, "init overwrites nothing"
+
+
+def test_a_changed_study_becomes_the_current_revision(tmp_path):
+    assert zexp("init", "mine", cwd=tmp_path).returncode == 0
+    folder = tmp_path / "mine"
+    small = ["phases.pretrain.tokens=4K", "anneal.tokens=4K", "schedule.warmup_tokens=0", "eval=none", "study.metric=null"]
+    assert zexp("run", "+sweeps=mine", *small, cwd=folder).returncode == 0
+    done = zexp("run", "+sweeps=mine", *small, "anneal.peak_fraction=0.5", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mine is now at revision 2: 2 altered" in done.stdout
+    assert (folder / "store/studies/mine/revisions/1/variants.json").is_file()
