@@ -129,14 +129,15 @@ class _Written:
     tokens: int = 0
 
     def add(self, batch: list[Document], tokenizer: Tokenizer, dtype: np.dtype[Any], seed: int, file: Any) -> None:
-        parts = []
+        row: list[int] = []
         for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch]), strict=True):
             self.size.add(document)
             self.places.append(_place(document, seed))
             self.lengths.append(len(ids) + 1)
             self.tokens += len(ids) + 1
-            parts += [[EOD_ID], ids]
-        file.write(np.fromiter((i for part in parts for i in part), dtype).tobytes())
+            row.append(EOD_ID)
+            row += ids
+        file.write(np.array(row, dtype).tobytes())
 
 
 @dataclass

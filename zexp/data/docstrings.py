@@ -49,19 +49,23 @@ def take_apart(source: str) -> Taken:
     A docstring's whole lines go; where it was a body's only statement, `pass` takes its place.  A string that is empty
     after cleaning is cut and not returned.  Raises SyntaxError (ValueError for null bytes) if it is no Python.
     """
-    with _fast_parsing():
-        tree = ast.parse(source)
-        lines = source.encode().split(b"\n")  # the columns of a syntax tree count UTF-8 bytes
-        found: list[Docstring] = []
-        cuts: list[tuple[ast.Expr, bool]] = []
-        for node, name in _documented(tree, ""):
-            first = node.body[0]
-            assert isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-            assert isinstance(first.value.value, str)
-            cuts.append((first, len(node.body) == 1 and not isinstance(node, ast.Module)))
-            text = inspect.cleandoc(first.value.value)
-            if text:
-                found.append(Docstring(_symbol(node), name, _signature(node, lines), text))
+    with _fast_parsing():  # the tree is gone when the cycle collector comes back, so it never walks it
+        return _take_apart(source)
+
+
+def _take_apart(source: str) -> Taken:
+    tree = ast.parse(source)
+    lines = source.encode().split(b"\n")  # the columns of a syntax tree count UTF-8 bytes
+    found: list[Docstring] = []
+    cuts: list[tuple[ast.Expr, bool]] = []
+    for node, name in _documented(tree, ""):
+        first = node.body[0]
+        assert isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+        assert isinstance(first.value.value, str)
+        cuts.append((first, len(node.body) == 1 and not isinstance(node, ast.Module)))
+        text = inspect.cleandoc(first.value.value)
+        if text:
+            found.append(Docstring(_symbol(node), name, _signature(node, lines), text))
     for statement, only in reversed(cuts):  # from the end, so that the places before stay where they are
         _cut(lines, statement, only)
     return Taken(b"\n".join(lines).decode(), found)

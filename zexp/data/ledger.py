@@ -164,21 +164,20 @@ def distinct_bins(spans: Iterable[Span], bins: int) -> int:
     if bins == 0:
         return 0
     by_epoch: dict[tuple[int, int], int] = defaultdict(int)
-    parts: list[tuple[int, int, int, int]] = []  # (seed, epoch, first, stop)
-    packing = ""
+    parts: list[tuple[str, int, int, int, int]] = []  # (packing, seed, epoch, first, stop)
     for packing, seed, first, stop in _merged(spans):
         for epoch in range(first // bins, (stop - 1) // bins + 1):
             low, high = max(first, epoch * bins), min(stop, (epoch + 1) * bins)
             by_epoch[seed, epoch] += high - low
             if by_epoch[seed, epoch] == bins:
                 return bins  # a whole epoch: nothing is left to find
-            parts.append((seed, epoch, low - epoch * bins, high - epoch * bins))
+            parts.append((packing, seed, epoch, low - epoch * bins, high - epoch * bins))
     if len(by_epoch) <= 1:
         return sum(by_epoch.values())
     # Several epochs, none whole (a cursor that started late): their orders differ, so the bins have to be looked at.
     seen = {
         order.bin_of(seed, packing, epoch, index, bins)
-        for seed, epoch, low, high in parts
+        for packing, seed, epoch, low, high in parts
         for index in range(low, high)
     }
     return len(seen)

@@ -143,7 +143,7 @@ def _jsonl(source: dict[str, Any], path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             raise ContentError(f", line {number} is no JSON: {error.msg} at column {error.colno}.") from error
         if not isinstance(record, dict):
@@ -164,7 +164,7 @@ def _parquet(source: dict[str, Any], path: Path) -> Iterator[str]:
 
     key = source["text_key"]
     try:
-        frame = polars.scan_parquet(path)
+        frame = polars.scan_parquet(path, glob=False)
         schema = frame.collect_schema()
         if key not in schema:
             raise ContentError(f" has no column {key!r}; it has {', '.join(schema)}. Set text_key.")

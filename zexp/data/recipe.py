@@ -82,7 +82,7 @@ def tokenizer_semantic(corpus: dict[str, Any], sources: dict[str, dict[str, Any]
     if problems:
         raise ConfigError(problems)
     # In the order of names: which source comes first must not matter.
-    shares = {name: 1.0 for name in sorted(sources)} if weights is None else dict(sorted(weights.items()))
+    shares = dict.fromkeys(sorted(sources), 1.0) if weights is None else dict(sorted(weights.items()))
     parts = quantise(list(shares.values()), [f"corpus.tokenizer.weights.{name}" for name in shares])
     sample_bytes = parse_tokens(config["sample_bytes"], "corpus.tokenizer.sample_bytes")
     if sample_bytes == 0:

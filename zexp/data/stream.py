@@ -145,9 +145,9 @@ class Stream:
 
     def history(self, tokens: int) -> Iterator[tuple[int, Span]]:
         """(position in the chain, span) of everything read from the root up to `tokens` of the last segment."""
-        for position, link in enumerate(self._links):
-            is_last = position + 1 == len(self._links)
-            stop = self.item_at(tokens) if is_last else self._links[position + 1].items_before
+        last = len(self._links) - 1
+        for position in range(last + 1):
+            stop = self.item_at(tokens) if position == last else self._links[position + 1].items_before
             for span in self.spans(position, 0, stop):
                 yield position, span
 

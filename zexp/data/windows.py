@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +58,7 @@ def open(store: Store, id_: str) -> Windows:
     )
 
 
-def _map(path: Path, dtype: np.dtype) -> NDArray:
+def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     """A file as an array that is read as it is used. An empty file cannot be mapped: it is an empty array."""
     with path.open("rb") as file:
         if path.stat().st_size == 0:
