@@ -38,5 +38,5 @@ def test_an_undeclared_field_is_refused_when_hashed():
     class Forgotten:
         width: int = 1
 
-    with pytest.raises(AssertionError, match="Forgotten.width"):
+    with pytest.raises(AssertionError, match=r"Forgotten\.width"):
         semantic_dict(Forgotten())

@@ -98,8 +98,8 @@ def _print_ledger(console: Console, the_plan: Plan, store: Store) -> None:
             epochs = f"{'' if account.exact else '≥ '}{account.epochs:.3g}"
             key = (account.name, say_tokens(account.tokens), epochs, say_tokens(account.replayed))
             rows.setdefault(key, []).append(variant.name)
-    for key, names in rows.items():
-        table.add_row(names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), *key)
+    for figures, names in rows.items():
+        table.add_row(names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), *figures)
     console.print(table)
 
 
@@ -117,7 +117,7 @@ def _summary(the_plan: Plan) -> str:
 
 def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
     """Parameters, FLOPs per token and bytes of each composed architecture; exit code 0. Raises ConfigError."""
-    answers = []
+    answers: list[dict[str, Any]] = []
     for one in composed:
         run = run_of(one.config)
         arch = {

@@ -97,11 +97,11 @@ def points(study: Mapping[str, Any], scale: str, command_line: CommandLine, seed
     result = []
     for combination in itertools.product(*axes):
         parts = [part for group in combination for part in group]
-        values = {name: value for name, value, _ in parts}
-        if any(all(_same(values.get(k), v) for k, v in excluded.items()) for excluded in study["exclude"]):
+        named = {name: value for name, value, _ in parts}
+        if any(all(_same(named.get(k), v) for k, v in excluded.items()) for excluded in study["exclude"]):
             continue
         inner = [text for _, _, overrides in parts for text in overrides]
-        result.append(Point(values, last_of_each_key([*before, *inner, *command_line.fixed])))
+        result.append(Point(named, last_of_each_key([*before, *inner, *command_line.fixed])))
     _check_exclusions(study["exclude"], axes, problems)
     if not result:
         problems.add("study: every combination is excluded; nothing is left to run.")

@@ -76,19 +76,28 @@ class LauncherOptions:
 
     def check(self) -> None:
         """Raise ConfigError with everything that is wrong."""
+        where = "hydra.launcher"
         problems = []
         if self.backend != "local":
-            problems.append(f"hydra.launcher.backend = {self.backend!r}: there is no such launcher. There is: local.")
-        if self.slots is not None and self.slots < 1:
-            problems.append(f"hydra.launcher.slots = {self.slots}: a study needs at least one. null = all of the machine.")
-        if self.grace_seconds < 0:
-            problems.append(f"hydra.launcher.grace_seconds = {self.grace_seconds}: seconds cannot be negative.")
-        if self.retries < 0:
-            problems.append(f"hydra.launcher.retries = {self.retries}: give 0 or more.")
+            problems.append(f"{where}.backend = {self.backend!r}: there is no such launcher. There is: local.")
+        if self.slots is not None and (not _whole(self.slots) or self.slots < 1):
+            problems.append(f"{where}.slots = {self.slots!r}: give a number from 1 on, or null for the whole machine.")
+        if not _number(self.grace_seconds) or self.grace_seconds < 0:
+            problems.append(f"{where}.grace_seconds = {self.grace_seconds!r}: give seconds from 0 on.")
+        if not _whole(self.retries) or self.retries < 0:
+            problems.append(f"{where}.retries = {self.retries!r}: give a number from 0 on.")
         if self.start_method not in ("fork", "spawn"):
-            problems.append(f"hydra.launcher.start_method = {self.start_method!r}: give fork or spawn.")
+            problems.append(f"{where}.start_method = {self.start_method!r}: give fork or spawn.")
         if problems:
             raise ConfigError(problems)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return _whole(value) or isinstance(value, float)
 
 
 OnEvent = Callable[[Event], None]
