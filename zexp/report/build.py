@@ -118,7 +118,7 @@ class _Reader:
 
     def unfinished(self, entry: Mapping[str, Any]) -> list[Unfinished]:
         """The stages that a variant waits for: where its training stopped, else every evaluation not done."""
-        stop = stopped_at(self._chain(entry))
+        stop = self._stop(entry)
         evals = [self.stages[stage] for stage in entry["evals"].values()]
         waiting = [stop] if stop is not None else [stage for stage in evals if stage.status != "done"]
         return [
@@ -186,8 +186,15 @@ class _Reader:
     def _chain(self, entry: Mapping[str, Any]) -> list[Stage]:
         return [self.stages[stage] for stage in entry["segments"]]
 
+    def _stop(self, entry: Mapping[str, Any]) -> Stage | None:
+        """Where a variant's training stopped. One that is scored went to its end, even if its states are gone."""
+        evals = [self.stages[stage] for stage in entry["evals"].values()]
+        if evals and all(stage.status == "done" for stage in evals):
+            return None
+        return stopped_at(self._chain(entry))
+
     def _status(self, entry: Mapping[str, Any]) -> str:
-        stop = stopped_at(self._chain(entry))
+        stop = self._stop(entry)
         if stop is not None:
             return self._status_at(entry, stop)
         return worst([self.stages[stage].status for stage in entry["evals"].values()] or ["done"])
