@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def manifest(folder):
 
 def split_of(tokens, offsets):
     """The documents in a corpus, without their eods."""
-    return [list(tokens[a + 1 : b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [list(tokens[a + 1 : b]) for a, b in pairwise(offsets)]
 
 
 def test_the_row_holds_every_training_document_behind_an_eod(built, store, mine, tmp_path):
@@ -163,7 +164,8 @@ def test_a_tokenizer_depends_on_the_texts_alone(build, store):
 
 def test_the_tokenizer_says_how_many_tokens_it_found(build, source, tmp_path):
     (tmp_path / "short.txt").write_text("abcabc")
-    made = build("tokenizer", recipe.tokenizer_semantic(config(heldout=0.0), {"s": source(kind="text", files="short.txt")}))
+    short = source(kind="text", files="short.txt")
+    made = build("tokenizer", recipe.tokenizer_semantic(config(heldout=0.0), {"s": short}))
     info = json.loads((made.result / "info.json").read_text())
     assert info == {"vocab_size": 300, "used": 260, "eod_id": 0, "sample_bytes": 6}
 

@@ -9,7 +9,9 @@ from zexp.data import embedded
 from zexp.data.documents import Tally, documents, is_heldout, sample
 from zexp.store.errors import StoreError
 
-FILES = {f"numpy/pack/m{n}.py": f'"""Module {n}."""\n\ndef f{n}(a):\n    """Do {n}."""\n    return {n}\n' for n in range(40)}
+FILES = {
+    f"numpy/pack/m{n}.py": f'"""Module {n}."""\n\ndef f{n}(a):\n    """Do {n}."""\n    return {n}\n' for n in range(40)
+}
 
 
 def side(text):

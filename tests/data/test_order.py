@@ -3,13 +3,14 @@
 import itertools
 import time
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zexp.data.order import bin_of, locate
 
 
 @given(seed=st.integers(0, 2**63), bins=st.integers(1, 700), epoch=st.integers(0, 5))
+@settings(deadline=None)
 def test_an_epoch_reads_every_bin_once(seed, bins, epoch):
     assert sorted(bin_of(seed, "p", epoch, i, bins) for i in range(bins)) == list(range(bins))
 
@@ -34,6 +35,7 @@ def test_neighbours_in_the_corpus_are_not_read_together():
 
 
 @given(window=st.integers(0, 10**12), bins=st.integers(1, 10**9))
+@settings(deadline=None)
 def test_a_window_lies_in_its_epoch(window, bins):
     epoch, bin_ = locate(3, "p", window, bins)
     assert epoch == window // bins

@@ -77,9 +77,9 @@ def _kinds() -> list[type[ast.AST]]:
 
 _Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _PARTS = ("body", "cases", "handlers", "orelse", "finalbody")  # where a statement has statements, in source order
-_PARTS_OF: dict[type[ast.AST], tuple[str, ...]] = {  # only these are looked into: a docstring's scope is never inside an expression
-    kind: tuple(part for part in _PARTS if part in kind._fields)
-    for kind in _kinds()
+# Only these are looked into: a docstring's scope is never inside an expression.
+_PARTS_OF: dict[type[ast.AST], tuple[str, ...]] = {
+    kind: tuple(part for part in _PARTS if part in kind._fields) for kind in _kinds()
 }
 
 

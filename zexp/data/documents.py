@@ -32,13 +32,14 @@ class Document:
     text: str
     heldout: bool
     digest: bytes  # sha256 of what makes it distinct
-    symbol: str = ""  # high_quality alone: module | class | function | topic
-    name: str = ""  # high_quality alone: qualified, 'scipy.stats._fit.fit'; of a topic its title
-    signature: str = ""  # high_quality alone: the def or class line(s); of a module 'import x.y', of a topic "help('x')"
+    # The view high_quality alone:
+    symbol: str = ""  # module | class | function | topic
+    name: str = ""  # qualified, 'scipy.stats._fit.fit'; of a topic its title
+    signature: str = ""  # the def or class line(s); of a module 'import x.y', of a topic "help('x')"
 
     @property
     def docstring(self) -> str:
-        """high_quality alone: the text after the signature."""
+        """The text after the signature; empty where there is none."""
         return self.text[len(self.signature) + 1 :] if self.signature else ""
 
 

@@ -1,4 +1,4 @@
-"""The embedded source: Python that is on every machine that runs zexp.  Which files it has; reading them is documents.py.
+"""The files of the embedded source: Python that is on every machine that runs zexp.  Reading them is documents.py.
 
 Nothing is imported from the packages: they are found, listed and hashed (torch-free and fast enough for plan time).
 The files differ between environments, and so do the ids and scores made from them: the manifest says package==version.
@@ -98,9 +98,7 @@ def files(package: str, key: str = "source") -> list[EmbeddedFile]:
 def versions(packages: list[str]) -> dict[str, str]:
     """Package -> version; the standard library and its topics have Python's."""
     python = platform.python_version()
-    return {
-        name: python if name in ("stdlib", "topics") else importlib.metadata.version(name) for name in packages
-    }
+    return {name: python if name in ("stdlib", "topics") else importlib.metadata.version(name) for name in packages}
 
 
 def _root(package: str, key: str) -> str:

@@ -68,9 +68,7 @@ class Ledger:
     segments: tuple[SegmentAccount, ...]
 
     @classmethod
-    def of(
-        cls, chain: Sequence[tuple[str, Mapping[str, Any]]], tokens: int, supplies: Mapping[str, Supply]
-    ) -> Ledger:
+    def of(cls, chain: Sequence[tuple[str, Mapping[str, Any]]], tokens: int, supplies: Mapping[str, Supply]) -> Ledger:
         """Everything that a chain of (id, semantic block), root first, has read when it stands at `tokens`."""
         stream = Stream(chain)
         seq_lens = [semantic["seq_len"] for _, semantic in chain]

@@ -40,7 +40,8 @@ def semantic(source: dict[str, Any], directory: Path, cache: Path, key: str) -> 
         made["documents"] = source.get("documents") or "file"
         if made["documents"] not in DOCUMENTS:
             raise ConfigError(
-                f"{key}.documents = {made['documents']!r}: one document is a {', a '.join(DOCUMENTS)}. Set one of these."
+                f"{key}.documents = {made['documents']!r}: one document is a {', a '.join(DOCUMENTS)}. "
+                "Set one of these."
             )
     else:
         made["text_key"] = source.get("text_key") or "text"

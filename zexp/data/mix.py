@@ -79,9 +79,7 @@ class Table:
     def counts(self, items: int) -> tuple[int, ...]:
         """How many of the first `items` sequences each source gives; O(sources)."""
         periods, slot = divmod(items, self.period)
-        return tuple(
-            periods * weight + before for weight, before in zip(self.weights, self._before[slot], strict=True)
-        )
+        return tuple(periods * weight + before for weight, before in zip(self.weights, self._before[slot], strict=True))
 
 
 @lru_cache(maxsize=256)

@@ -121,7 +121,7 @@ class Stream:
         return Location(packing, seed, window, epoch, bin_)
 
     def consumed(self, tokens: int) -> dict[str, int]:
-        """Per packing, the highest window read up to `tokens` (in the last segment) plus one: the cursors of a state."""
+        """The cursors of a state at `tokens` (in the last segment): per packing, the highest window read plus one."""
         items = self.item_at(tokens)
         last = len(self._links) - 1
         cursors = self._highest(last)
