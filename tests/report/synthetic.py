@@ -51,7 +51,7 @@ class Study:
 
 def make(study: Study, name: str = "invented") -> Store:
     """Write the store and the study's variants.json."""
-    with patch("os.fsync"):  # a power cut would cost a fabricated store; hundreds of fsyncs cost the suite half a minute
+    with patch("os.fsync"):  # hundreds of them cost the suite half a minute, a power cut would cost fabricated data
         return _Maker(study, name).make()
 
 
@@ -216,9 +216,7 @@ class _Maker:
             "segment", semantic, parents, label=label, cut=(start, end), phase=phase, variant=variant, fill=fill
         )
 
-    def evals(
-        self, state: dict[str, Any], arch: str, arm: str | None, seed: int, variant: str
-    ) -> dict[str, str]:
+    def evals(self, state: dict[str, Any], arch: str, arm: str | None, seed: int, variant: str) -> dict[str, str]:
         return {task: self.eval(task, state, arch, arm, seed, variant)["id"] for task in TASKS}
 
     def eval(

@@ -90,7 +90,9 @@ class _Reader:
             warnings.append(f"{name}: {len(members)} seeds are {len(distinct)} run(s), counted as n = {len(distinct)}.")
         if (lost := [seed for seed, status in by_seed.items() if status in ("diverged", "failed")]) and scored:
             warnings.append(f"{name} is a mean over the seeds that finished; seed {', '.join(lost)} did not.")
-        fingerprints = sorted({fp for member in members for fp in self.fingerprints.of_chain(self.store, self._chain(member))})
+        fingerprints = sorted(
+            {fp for member in members for fp in self.fingerprints.of_chain(self.store, self._chain(member))}
+        )
         return Row(
             name=name,
             axes={axis: value for axis, value in first.get("axes", {}).items() if axis != "seed"},

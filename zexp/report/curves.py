@@ -26,7 +26,9 @@ class Curve:
     averaged: int = 1
 
 
-def read_curve(folder: StageFolder, trajectory: str, start: int, end: int, pieces: Sequence[Mapping[str, Any]]) -> Curve:
+def read_curve(
+    folder: StageFolder, trajectory: str, start: int, end: int, pieces: Sequence[Mapping[str, Any]]
+) -> Curve:
     """The curve of a trajectory that covers [start, end]; pieces: its schedule, empty if it has not started."""
     attempts = [
         [(int(line["tokens"]), line["loss"]) for line in attempt.metrics() if "tokens" in line and "loss" in line]

@@ -35,33 +35,37 @@ def page(report: Report, folder: Path) -> str:
     links = {stage.id: _link(report, stage.folder, folder) for stage in report.stages}
     verdicts = {(pair.row, pair.metric): pair for pair in report.pairs}
     counts = Counter(row.status for row in report.rows)
-    return environment("html").get_template("leaderboard.html.j2").render(
-        report=report,
-        numbers=numbers,
-        rows=report.ranked(),
-        bars=_bars(report),
-        verdicts=verdicts,
-        levels=_levels(report),
-        counts=counts,
-        drawing=draw(report.trajectories),
-        by_id={trajectory.id: trajectory for trajectory in report.trajectories},
-        stages={stage.id: stage for stage in report.stages},
-        links=links,
-        log_link=lambda log: _link(report, log, folder),
-        curves=_curves(report),
-        has_loss=any(curve.loss for curve in report.curves),
-        averaged=max((curve.averaged for curve in report.curves), default=1),
-        primary=_on_metric(report.pairs, report.metric),
-        secondary=[pair for pair in report.pairs if pair.metric != report.metric],
-        tested=sum(pair.p is not None for pair in report.pairs),
-        alpha=f"{ALPHA:.2f}",
-        better=BETTER,
-        worse=WORSE,
-        label_of=_label,
-        bar_width=BAR_WIDTH,
-        d3=Markup(d3()),
-        style=Markup(text_of("page.css")),
-        script=Markup(text_of("page.js")),
+    return (
+        environment("html")
+        .get_template("leaderboard.html.j2")
+        .render(
+            report=report,
+            numbers=numbers,
+            rows=report.ranked(),
+            bars=_bars(report),
+            verdicts=verdicts,
+            levels=_levels(report),
+            counts=counts,
+            drawing=draw(report.trajectories),
+            by_id={trajectory.id: trajectory for trajectory in report.trajectories},
+            stages={stage.id: stage for stage in report.stages},
+            links=links,
+            log_link=lambda log: _link(report, log, folder),
+            curves=_curves(report),
+            has_loss=any(curve.loss for curve in report.curves),
+            averaged=max((curve.averaged for curve in report.curves), default=1),
+            primary=_on_metric(report.pairs, report.metric),
+            secondary=[pair for pair in report.pairs if pair.metric != report.metric],
+            tested=sum(pair.p is not None for pair in report.pairs),
+            alpha=f"{ALPHA:.2f}",
+            better=BETTER,
+            worse=WORSE,
+            label_of=_label,
+            bar_width=BAR_WIDTH,
+            d3=Markup(d3()),
+            style=Markup(text_of("page.css")),
+            script=Markup(text_of("page.js")),
+        )
     )
 
 

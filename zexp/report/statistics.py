@@ -52,9 +52,7 @@ def over_items(value: float, stderr: float | None, n: int) -> Interval:
     return _student(value, stderr, n, "items")
 
 
-def paired_over_items(
-    ours: Mapping[str, Score], theirs: Mapping[str, Score], *, min_items: int = 2
-) -> Interval | None:
+def paired_over_items(ours: Mapping[str, Score], theirs: Mapping[str, Score], *, min_items: int = 2) -> Interval | None:
     """Mean difference ours - theirs over the items both answered, with its interval over items.
 
     A score is (value, weight): a plain mean has weights 1, bits per byte has (bits/bytes, bytes). With weights w and

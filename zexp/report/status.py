@@ -102,4 +102,3 @@ def _unfinished(folder: StageFolder) -> str:
     progress = attempt.progress()
     far = f" at {progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress else ""
     return f"running{far}" if folder.holder() is not None else f"interrupted{far}"
-

@@ -50,4 +50,3 @@ def leaderboard(report: Report) -> Table:
             style=STYLE[row.status],
         )  # fmt: skip
     return table
-

@@ -114,7 +114,9 @@ def fingerprint_warnings(rows: Sequence[Row], pairs: Sequence[Pair], say: Differ
         if pair.mixed_fingerprints and (pair.row, pair.baseline) not in seen:
             seen.add((pair.row, pair.baseline))
             both = {*by_name[pair.row].fingerprints, *by_name[pair.baseline].fingerprints}
-            warnings.append(f"{pair.row} and {pair.baseline} were trained under different numerics fingerprints ({say(both)}).")
+            warnings.append(
+                f"{pair.row} and {pair.baseline} were trained under different numerics fingerprints ({say(both)})."
+            )
     return warnings
 
 
