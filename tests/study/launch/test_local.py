@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,14 @@ def wait_for(what: Any, seconds: float = 15.0) -> Any:
 
 
 def alive(pid: int) -> bool:
+    """False for a zombie, where /proc can tell: not every container's first process waits for orphans."""
     try:
+        os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except ProcessLookupError:
         return False
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()
 
 
 def test_parents_end_before_their_children_start(tree):
@@ -48,7 +53,7 @@ def test_parents_end_before_their_children_start(tree):
     tree.add("b", "a")
     tree.add("c", "a")
     tree.add("d", "b", "c", "in the store already")
-    assert set(statuses(tree.launch()).values()) == {"done"}
+    assert set(statuses(tree.launch(slots=2)).values()) == {"done"}
     at = {(line["stage"], line["what"]): line["time"] for line in tree.record()}
     for child, parent in (("b", "a"), ("c", "a"), ("d", "b"), ("d", "c")):
         assert at[parent, "end"] < at[child, "start"]
@@ -247,19 +252,29 @@ tree = Tree(Path(sys.argv[1]))
 tree.add("a", act=sys.argv[2], seconds=60)
 tree.add("b", "a")
 tree.add("c", act="work", seconds=60)
-print(statuses(tree.launch(grace_seconds=float(sys.argv[3]))))
+print(statuses(tree.launch(slots=2, grace_seconds=float(sys.argv[3]))))
 """
 
 
-def driver(root: Path, act: str, grace_seconds: float) -> subprocess.Popen[str]:
-    """A process of its own that launches two long stages and one below; returned when both have started."""
-    command = [sys.executable, "-c", DRIVER, str(root), act, str(grace_seconds)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )  # fmt: skip
-    wait_for(lambda: len([line for line in handlers.read(root) if line["what"] == "start"]) == 2)
-    return process
+@pytest.fixture
+def driver() -> Iterator[Callable[[Path, str, float], subprocess.Popen[str]]]:
+    """Starts a process of its own that launches two long stages and one below; returns when both have started."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(root: Path, act: str, grace_seconds: float) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", DRIVER, str(root), act, str(grace_seconds)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
+        )
+        started.append(process)
+        wait_for(lambda: len([line for line in handlers.read(root) if line["what"] == "start"]) == 2)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def gone(root: Path) -> bool:
@@ -267,7 +282,7 @@ def gone(root: Path) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
-def test_an_interruption_lets_stages_write_a_state_and_interrupts_the_rest(tmp_path, number):
+def test_an_interruption_lets_stages_write_a_state_and_interrupts_the_rest(tmp_path, driver, number):
     process = driver(tmp_path, "train", 10)
     os.killpg(process.pid, number)  # what a terminal does: the whole foreground group
     said, _ = process.communicate(timeout=15)
@@ -277,7 +292,7 @@ def test_an_interruption_lets_stages_write_a_state_and_interrupts_the_rest(tmp_p
     assert not list(tmp_path.glob("*/*/attempts/*/failure.json"))
 
 
-def test_a_stage_that_does_not_stop_is_killed_after_the_grace_period(tmp_path):
+def test_a_stage_that_does_not_stop_is_killed_after_the_grace_period(tmp_path, driver):
     process = driver(tmp_path, "deaf", 0.5)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=15)
@@ -285,7 +300,7 @@ def test_a_stage_that_does_not_stop_is_killed_after_the_grace_period(tmp_path):
     assert gone(tmp_path)
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path):
+def test_a_second_ctrl_c_does_not_wait(tmp_path, driver):
     process = driver(tmp_path, "deaf", 60)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
@@ -294,7 +309,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     assert gone(tmp_path)
 
 
-def test_a_killed_driver_leaves_states_and_no_processes(tmp_path):
+def test_a_killed_driver_leaves_states_and_no_processes(tmp_path, driver):
     process = driver(tmp_path, "train", 10)
     process.kill()
     process.wait()

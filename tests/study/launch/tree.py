@@ -45,7 +45,7 @@ class Tree:
         self.stages.append(stage)
         return stage
 
-    def launch(self, *, slots: int = 2, **options: Any) -> dict[str, Outcome]:
+    def launch(self, *, slots: int = 1, **options: Any) -> dict[str, Outcome]:
         chosen = {"slots": slots, "preload": (), "handlers": HANDLERS, "grace_seconds": 5.0} | options
         return launch(self.stages, self.store, LauncherOptions(**chosen), self.events.append)
 
