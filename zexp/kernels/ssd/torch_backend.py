@@ -4,7 +4,11 @@ B batch · T positions · H heads · P head width · G groups · N state size ·
 J heads of a group (H / G).
 
 Within a chunk the layer is attention with a decay instead of a softmax; between chunks a state of N × P a head is carried
-(Mamba-2, arXiv:2405.21060, section 6). Three choices keep it fast without a compiler:
+(Mamba-2, arXiv:2405.21060, section 6). Five choices keep it fast without a compiler:
+- arrays of Q × Q a head are made for some chunks at a time, in buffers that stay in the cache, and never kept: the
+  backward pass makes the decays again (writing them to fresh memory costs more than computing them);
+- a chunk's decays are products of a row and a column factor around the start of each block of 16 rows, so that three
+  quarters of the exponentials (1 ns each, ten times a product) are not taken;
 - states are built and read for all heads of a group in one product of inner size J·P; the per-head decays are put on x;
 - decays are exponentials of differences, at most 1, so nothing overflows; the causal mask sits on C·B^T, which has G
   matrices a chunk where the decays have H;
@@ -24,6 +28,8 @@ from torch import Tensor
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
 
+BUFFER_ELEMENTS = 1 << 18  # of a Q × Q buffer: 1 MB in fp32; smaller ones pay more in calls than they save in cache
+DECAY_BLOCK = 16
 
 def ssd(
     x_BTHP: Tensor,
@@ -105,24 +111,21 @@ class _Ssd(torch.autograd.Function):
         scores_MGQQ = torch.matmul(_by_group(c_MQGN), _by_group(b_MQGN).mT).tril_()
         if masks is not None:
             scores_MGQQ *= masks.pair_MQQ[:, None]
-        decays_MHQQ = _decays(cum_MQH)
-        weights_MHQQ = _times_scores(decays_MHQQ, scores_MGQQ)
-        inside_MHQP = torch.matmul(weights_MHQQ, written_MQHP.transpose(1, 2))
-
-        y_MQHP = _from_groups(read, heads).mul_(entry_MQH[..., None]).add_(inside_MHQP.transpose(1, 2))
+        y_MQHP = _from_groups(read, heads).mul_(entry_MQH[..., None])
+        _read_inside(y_MQHP, cum_MQH, scores_MGQQ, written_MQHP)
         y_MQHP.addcmul_(x_MQHP, d_H[:, None])
         y_BTHP = y_MQHP.view(batch, length, heads, width)
         ctx.save_for_backward(
-            x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
-            decays_MHQQ, y_BTHP, None if masks is None else masks.pair_MQQ,
+            x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, cum_MQH, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
+            y_BTHP, None if masks is None else masks.pair_MQQ,
         )
         return y_BTHP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (
-            x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
-            decays_MHQQ, y_BTHP, pair_MQQ,
+            x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, cum_MQH, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
+            y_BTHP, pair_MQQ,
         ) = ctx.saved_tensors  # fmt: skip
         batch, length, heads, width = x_BTHP.shape
         groups = b_BTGN.shape[2]
@@ -144,11 +147,7 @@ class _Ssd(torch.autograd.Function):
         db_MGQN = torch.matmul(_heads_by_group(written * exit_MQH[..., None], groups), dleaving_MGNJ.mT)
 
         # Within the chunks.
-        dy_MHQP = dy.transpose(1, 2).contiguous()
-        weights_MHQQ = _times_scores(decays_MHQQ, scores_MGQQ)
-        dwritten += torch.matmul(weights_MHQQ.mT, dy_MHQP).transpose(1, 2)
-        dweights = torch.matmul(dy_MHQP, written.permute(0, 2, 3, 1)).mul_(decays_MHQQ)
-        dscores = dweights.unflatten(1, (groups, -1)).sum(2).tril_()
+        dscores = _read_inside_backward(dwritten, dy, cum_MQH, scores_MGQQ, written).tril_()
         if pair_MQQ is not None:
             dscores *= pair_MQQ[:, None]
         dc_MGQN += torch.matmul(dscores, b_MGQN)
@@ -189,15 +188,82 @@ def _from_groups(tensor: Tensor, heads: int) -> Tensor:
     return tensor.transpose(1, 2).unflatten(3, (heads // groups, -1)).flatten(2, 3).contiguous()
 
 
-def _decays(cum_MQH: Tensor) -> Tensor:
-    """exp(min(cum_i - cum_j, 0)), (M, H, Q, Q): right for i >= j, at most 1 above the diagonal."""
+class _Buffers:
+    """Room for the Q × Q arrays and the heads of a few chunks at a time."""
+
+    def __init__(self, written_MQHP: Tensor, arrays: int):
+        count, chunk, heads, width = written_MQHP.shape
+        chunks = max(1, min(count, BUFFER_ELEMENTS // (heads * chunk * chunk)))
+        self.parts = [slice(start, min(start + chunks, count)) for start in range(0, count, chunks)]
+        self.squares = [written_MQHP.new_empty(chunks, heads, chunk, chunk) for _ in range(arrays)]
+        self.rows = [written_MQHP.new_empty(chunks, heads, chunk, width) for _ in range(2)]
+
+
+def _bmm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Products of the last two dimensions into `out`, all flattened to one batch dimension."""
+    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
+def _read_inside(y_MQHP: Tensor, cum_MQH: Tensor, scores_MGQQ: Tensor, written_MQHP: Tensor) -> None:
+    """Adds to y what each position reads from its own chunk."""
     cum_MHQ = cum_MQH.transpose(1, 2).contiguous()
-    return (cum_MHQ[..., :, None] - cum_MHQ[..., None, :]).clamp_(max=0).exp_()
+    buffers = _Buffers(written_MQHP, arrays=1)
+    for part in buffers.parts:
+        count = part.stop - part.start
+        weights = _fill_decays(buffers.squares[0][:count], cum_MHQ[part])
+        _times_scores(weights, scores_MGQQ[part], out=weights)
+        heads = buffers.rows[0][:count].copy_(written_MQHP[part].transpose(1, 2))
+        y_MQHP[part] += _bmm(weights, heads, out=buffers.rows[1][:count]).transpose(1, 2)
 
 
-def _times_scores(decays_MHQQ: Tensor, scores_MGQQ: Tensor) -> Tensor:
+def _read_inside_backward(
+    dwritten_MQHP: Tensor, dy_MQHP: Tensor, cum_MQH: Tensor, scores_MGQQ: Tensor, written_MQHP: Tensor
+) -> Tensor:
+    """Adds to dwritten, and returns the gradient of the scores above and below the diagonal."""
+    cum_MHQ = cum_MQH.transpose(1, 2).contiguous()
+    dscores_MGQQ = torch.empty_like(scores_MGQQ)
     groups = scores_MGQQ.shape[1]
-    return (decays_MHQQ.unflatten(1, (groups, -1)) * scores_MGQQ[:, :, None]).flatten(1, 2)
+    buffers = _Buffers(written_MQHP, arrays=2)
+    for part in buffers.parts:
+        count = part.stop - part.start
+        decays, square = (buffer[:count] for buffer in buffers.squares)
+        dy_heads, rows = (buffer[:count] for buffer in buffers.rows)
+        _fill_decays(decays, cum_MHQ[part])
+        dy_heads.copy_(dy_MQHP[part].transpose(1, 2))
+        rows.copy_(written_MQHP[part].transpose(1, 2))
+        _bmm(dy_heads, rows.mT, out=square).mul_(decays)
+        torch.sum(square.unflatten(1, (groups, -1)), 2, out=dscores_MGQQ[part])
+        _times_scores(decays, scores_MGQQ[part], out=decays)
+        dwritten_MQHP[part] += _bmm(decays.mT, dy_heads, out=rows).transpose(1, 2)
+    return dscores_MGQQ
+
+
+def _fill_decays(out_MHQQ: Tensor, cum_MHQ: Tensor) -> Tensor:
+    """exp(cum_i - cum_j) for i >= j; above the diagonal anything from 0 to 1.
+
+    For row block r with first position f: exp(cum_i - cum_j) = exp(cum_i - cum_f) exp(cum_f - cum_j) if j <= f, where
+    both factors are at most 1; the blocks on the diagonal are taken directly.
+    """
+    chunk = cum_MHQ.shape[-1]
+    if chunk % DECAY_BLOCK or chunk == DECAY_BLOCK:
+        return torch.sub(cum_MHQ[..., :, None], cum_MHQ[..., None, :], out=out_MHQQ).clamp_(max=0).exp_()
+    blocks = chunk // DECAY_BLOCK
+    cum_MHRS = cum_MHQ.unflatten(-1, (blocks, DECAY_BLOCK))
+    first_MHR1 = cum_MHRS[..., :1]
+    rows_MHRS = (cum_MHRS - first_MHR1).exp_()
+    columns_MHRQ = (first_MHR1 - cum_MHQ[..., None, :]).clamp_(max=0).exp_()
+    torch.mul(rows_MHRS[..., None], columns_MHRQ[..., None, :], out=out_MHQQ.unflatten(2, (blocks, DECAY_BLOCK)))
+    diagonal = (cum_MHRS[..., :, None] - cum_MHRS[..., None, :]).clamp_(max=0).exp_()
+    whole = out_MHQQ.unflatten(3, (blocks, DECAY_BLOCK)).unflatten(2, (blocks, DECAY_BLOCK))  # (M, H, R, S, R, S)
+    whole.diagonal(dim1=2, dim2=4).copy_(diagonal.movedim(2, -1))
+    return out_MHQQ
+
+
+def _times_scores(decays_MHQQ: Tensor, scores_MGQQ: Tensor, out: Tensor) -> Tensor:
+    shape = (scores_MGQQ.shape[1], -1)
+    torch.mul(decays_MHQQ.unflatten(1, shape), scores_MGQQ[:, :, None], out=out.unflatten(1, shape))
+    return out
 
 
 def _wide(carry_BCH: Tensor, like: Tensor) -> Tensor:
