@@ -89,7 +89,7 @@ class Corpus:
     sources: dict[str, Source] = semantic(factory=dict)
     tokenizer: Tokenizer = semantic(factory=Tokenizer)
     packing: Packing = semantic(factory=Packing)
-    heldout: float = semantic(0.05)  # share kept out of training, by a stable hash of the file or document
+    heldout: float = semantic(0.1)  # share kept out of training, by a stable hash of the file or document
     seed: int = semantic(0)  # order of the documents within a corpus
 
 

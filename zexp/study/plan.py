@@ -230,7 +230,7 @@ def _add_data(stages: dict[str, Stage], data: DataStage, variant: Variant) -> No
             semantic=data.semantic,
             parents=[short(parent) for _, parent in data.parents],
             label=f"{data.kind} {data.source}" if data.source else data.kind,
-            request={"threads": variant.run.parallelism.threads},
+            request={"threads": variant.run.parallelism.threads, "directory": variant.directory},
             tokens_bound=data.tokens_bound,
         )
     _serve(stages[id], variant)

@@ -84,6 +84,7 @@ class Variant:
     sources: dict[str, str]  # packing id -> the source's name
     source_bounds: dict[str, int]  # packing id -> upper bound of its tokens, known before it is built
     epoch_caps: dict[str, int | None]  # packing id -> max_epochs
+    directory: str  # what relative paths of its sources are relative to
 
     @property
     def seed(self) -> int:
@@ -173,6 +174,7 @@ class Resolver:
             sources=by_packing,
             source_bounds={id: packings[name].tokens_bound for id, name in by_packing.items()},
             epoch_caps={id: _epoch_cap(run, name) for id, name in by_packing.items()},
+            directory=str(self.directory),
         )
         tasks = self._evals(variant, planned)
         corpus_ids = {parent for id in used for _, parent in packings[by_packing[id]].parents}
@@ -244,7 +246,11 @@ class Resolver:
             made = recipe.corpus_semantic(corpus, semantic, tokenizer.id)
             corpora[name] = DataStage("corpus", semantic_id(made), made, [("tokenizer", tokenizer.id)], name, bound)
             packed = recipe.packing_semantic(corpus, corpora[name].id, run.seq_len)
+            twin = next((other for other, stage in packings.items() if stage.id == semantic_id(packed)), None)
+            if twin is not None:
+                problems.add(f"{sources[name][1]} and {sources[twin][1]} are the same source. Keep one and add their weights.")
             packings[name] = DataStage("packing", semantic_id(packed), packed, [("corpus", corpora[name].id)], name, bound)
+        problems.raise_if_any()
         return tokenizer, corpora, packings
 
     def _planned_tasks(
