@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,20 @@ def test_a_stage_taken_over_while_it_slept_is_waited_for(tree, monkeypatch):
 
     monkeypatch.setattr(stages, "_handler", lambda reference: taken_over)
     assert run(tree, stage) == Ended("done")
+
+
+def test_a_stage_whose_folder_is_deleted_while_it_runs_is_failed(tree, monkeypatch):
+    stage = tree.add("a")
+
+    def deletes(store, folder, request, attempt):
+        shutil.rmtree(folder.path)
+        time.sleep(1.1)
+        attempt.check()
+        raise AssertionError("went on without the lease")
+
+    monkeypatch.setattr(stages, "_handler", lambda reference: deletes)
+    ended = run(tree, stage)
+    assert ended.result == "failed" and "was never created" in ended.error
 
 
 def _steal(folder):

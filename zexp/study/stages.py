@@ -66,7 +66,9 @@ def stage_folder(store: Store, request: Mapping[str, Any]) -> StageFolder:
     kind, _, name = str(request["folder"]).partition("/")
     found = store.find(name, kind)
     if len(found) != 1:
-        raise StoreError(f"{store.root / kind / name} has no config.yaml: stage {request['stage']} was never created.")
+        raise StoreError(
+            f"{store.root / kind / name} has no config.yaml: stage {request['stage']} was never created, or its folder was deleted."
+        )
     return found[0]
 
 
@@ -100,11 +102,11 @@ def run_stage(
     with _interruptible():
         folder = None
         try:
-            folder = stage_folder(Store(Path(root)), request)
             while True:
+                folder = stage_folder(Store(Path(root)), request)
                 try:
                     return _one_attempt(folder, request, {**HANDLERS, **(handlers or {})}, watcher)
-                except LeaseLost as lost:  # this process slept too long: whoever took over is waited for
+                except LeaseLost as lost:  # this process slept too long: wait for whoever took over
                     print(f"{request['stage']}: {lost}", file=sys.stderr)
         except KeyboardInterrupt:
             done = folder is not None and is_done(folder, request)
@@ -113,9 +115,7 @@ def run_stage(
             return Ended("failed", "".join(traceback.format_exception_only(error)).strip())
 
 
-def _one_attempt(
-    folder: StageFolder, request: dict[str, Any], handlers: Mapping[str, str], watcher: Watcher
-) -> Ended:
+def _one_attempt(folder: StageFolder, request: dict[str, Any], handlers: Mapping[str, str], watcher: Watcher) -> Ended:
     attempt = folder.attempt(
         request,
         done=lambda: is_done(folder, request),

@@ -25,6 +25,12 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "kill server":
         os.kill(os.getppid(), signal.SIGKILL)
+    if act == "multiply":
+        import torch
+
+        torch.set_num_threads(2)
+        size = torch.randn(600, 600)
+        print("multiplied", (size @ size).shape[0], flush=True)
     if act == "lie":
         return "done"
     if act == "deaf":

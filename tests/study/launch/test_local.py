@@ -163,6 +163,15 @@ def test_a_stage_without_a_folder_is_failed_with_a_reason(tree):
     assert "was never created" in tree.launch()["lost"].error
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="slots spawn on macOS")
+def test_a_slot_has_imported_torch_before_it_forks_and_its_children_may_use_threads(tree):
+    tree.add("a", kind="segment", act="multiply", threads=2)
+    tree.add("b", "a", kind="segment", act="multiply", threads=2)
+    outcomes = tree.launch(preload=("torch",))
+    assert statuses(outcomes) == {"a": "done", "b": "done"}
+    assert [line["torch"] for line in tree.record("start")] == [True, True]
+
+
 def test_a_stage_that_is_in_the_store_by_now_is_not_run(tree):
     tree.add("a")
     tree.launch()

@@ -86,7 +86,7 @@ def test_the_end_shows_tracebacks_logs_and_what_was_skipped(tmp_path):
         "failed [a] pretrain (a) (tried 2 times)\n  Traceback\n  ValueError: no\n"
         f"  log: {tmp_path / 'log'}\n"
         "diverged [c] pretrain (c): diverged after 100 tokens: loss is nan\n"
-        "skipped 1 stages that need one of those above\n"
+        "skipped 1 stage that needs one of those above\n"
     )
 
 

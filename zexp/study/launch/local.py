@@ -84,6 +84,7 @@ class LocalLaunch:
     _kill_at: float | None = None
     _give_up_at: float | None = None  # for servers that answer no more
     _restarts: int = 0
+    _ticked: float = 0.0
 
     def run(self) -> dict[str, Outcome]:
         self._schedule = Schedule(self.stages)
@@ -128,7 +129,9 @@ class LocalLaunch:
             for key, _ in self._selector.select(TICK_SECONDS):
                 key.data()
             self._look_after_slots()
-            self.on_event(Event(kind="tick"))
+            if time.monotonic() - self._ticked >= TICK_SECONDS:
+                self._ticked = time.monotonic()
+                self.on_event(Event(kind="tick"))
 
     def _over(self) -> bool:
         if not self._stopping:
@@ -252,7 +255,12 @@ class LocalLaunch:
 
     def _look_after_slots(self) -> None:
         for one in self._slots:
-            if one.state == "starting" and one.connection is None and one.submitted is not None and one.submitted.done():
+            if (
+                one.state == "starting"
+                and one.connection is None
+                and one.submitted is not None
+                and one.submitted.done()
+            ):
                 self._lose(one)
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             self._kill()

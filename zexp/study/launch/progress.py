@@ -97,7 +97,9 @@ class Progress:
         self._running: dict[str, _Running] = {}
         self._ended: dict[str, Outcome] = {}
         self._began = self._said = time.monotonic()
-        self._live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self._live = (
+            Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        )
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -208,7 +210,10 @@ def failures(stages: Sequence[Named], outcomes: Mapping[str, Outcome], console: 
     if of["interrupted"]:
         console.print(f"[yellow]interrupted[/] {len(of['interrupted'])} of {len(outcomes)} stages")
     if of["skipped"]:
-        console.print(f"skipped {len(of['skipped'])} stages that need one of those above")
+        many = len(of["skipped"]) > 1
+        console.print(
+            f"skipped {len(of['skipped'])} {'stages that need' if many else 'stage that needs'} one of those above"
+        )
 
 
 def say_seconds(seconds: float) -> str:
