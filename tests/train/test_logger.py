@@ -18,14 +18,16 @@ def no_key(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
 
 
-def test_without_a_key_wandb_writes_offline_and_says_how_to_sync(tiny_store, tiny_corpus, caplog):
-    caplog.set_level("INFO")
+def test_without_a_key_wandb_writes_offline_and_says_how_to_sync(tiny_store, tiny_corpus):
     (segment,) = chain(tiny_corpus, 3).segments
     train(tiny_store, segment, log_every=1, logger={"kind": "wandb", "project": "zexp", "entity": None})
     folder = tiny_store.folder("trajectory", segment.id)
     (directory,) = (folder.last_attempt().path / "wandb").glob("offline-run-*")
     assert directory.name.endswith(short(segment.id))
-    assert f"wandb sync {directory}" in caplog.text
+    assert f"wandb sync {directory}" in folder.last_attempt().log.read_text()
+    assert logger.offline_runs(folder.path / "attempts") == [directory]
+    (directory / f"run-{short(segment.id)}.wandb.synced").touch()
+    assert logger.offline_runs(folder.path / "attempts") == []
     (file,) = directory.glob("*.wandb")
     raw = file.read_bytes()
     assert b"tokens_per_second" in raw and b"grad_norm" in raw and short(segment.id).encode() in raw

@@ -110,14 +110,14 @@ def test_stopped_before_its_first_step_a_fork_leaves_no_state(tiny_store, tiny_c
 
 
 @pytest.mark.parametrize("file", ["weights/model-00001-of-00001.safetensors", "state.json"])
-def test_a_damaged_state_is_set_aside_and_the_one_before_it_is_taken(tiny_store, tiny_corpus, file, caplog):
+def test_a_damaged_state_is_set_aside_and_the_one_before_it_is_taken(tiny_store, tiny_corpus, file):
     (segment,) = chain(tiny_corpus, 8).segments
     train(tiny_store, segment, to=4 * STEP, keep=[2 * STEP])
     folder = tiny_store.folder("trajectory", segment.id)
     damage(folder.state(4 * STEP) / file)
 
     assert train(tiny_store, segment, log_every=1) == "done"
-    assert f"The state at {4 * STEP} tokens is damaged" in caplog.text
+    assert f"The state at {4 * STEP} tokens is damaged" in folder.last_attempt().log.read_text()
     assert [line["tokens"] for line in folder.last_attempt().metrics()] == [STEP * n for n in range(3, 9)]
     assert folder.states() == [2 * STEP, 8 * STEP]
     assert list(folder.last_attempt().path.glob("damaged-*"))

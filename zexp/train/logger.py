@@ -39,6 +39,7 @@ class WandbCurves:
     def __init__(self, options: Mapping[str, Any], run_id: str, config: Mapping[str, Any], directory: Path) -> None:
         import wandb  # 1 s to import, so only when asked for
 
+        self._wandb = wandb
         self._mode = _mode()
         self._run = wandb.init(
             project=options.get("project"),
@@ -54,10 +55,9 @@ class WandbCurves:
         )
         self._run.define_metric("*", step_metric="tokens")
         if self._mode == "offline":
+            written = Path(self._run.dir).parent
             log.info(
-                "wandb: no API key, so the run is written offline, to %s. To send it: wandb sync %s",
-                Path(self._run.dir).parent,
-                Path(self._run.dir).parent,
+                "wandb: no API key, so the run is written offline, to %s. To send it: wandb sync %s", written, written
             )
 
     def write(self, figures: Mapping[str, Any]) -> None:
@@ -69,6 +69,8 @@ class WandbCurves:
 
     def close(self) -> None:
         self._run.finish()
+        # finish returns while wandb's own process may still write; this waits for it, which an os._exit would not.
+        self._wandb.teardown()
 
 
 def open_curves(options: Mapping[str, Any] | None, run_id: str, config: Mapping[str, Any], directory: Path) -> Curves:
@@ -89,6 +91,12 @@ def send_scores(options: Mapping[str, Any] | None, run_id: str, scores: Mapping[
     curves = WandbCurves(options or {}, run_id, {}, directory)
     curves.summarise(scores)
     curves.close()
+
+
+def offline_runs(attempts: Path) -> list[Path]:
+    """The runs below a trajectory's attempts/ that were written offline and not sent yet: arguments of `wandb sync`."""
+    found = sorted(attempts.glob("*/wandb/offline-run-*"))
+    return [run for run in found if not list(run.glob("*.wandb.synced"))]  # the mark that `wandb sync` leaves
 
 
 def _mode() -> str:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +44,6 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
         if not request.get("retry_diverged"):
             return "diverged"
         attempt.forget_divergence()
-    if _is_there(folder, target, attempt):
-        return "done"
     segments = chain(store, folder.id)
     segment = segments[-1].semantic
     wanted = {target, *(tokens for tokens in request["keep"] if start_tokens(segment) < tokens <= target)}
@@ -54,7 +53,9 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
     device = _device(request["device"])
     root = segments[0].semantic
     config = {"trajectory": folder.id, "segment": segment, "model": root["model"], "request": dict(request)}
-    with _machine(request["threads"], request["deterministic"]), StopFlag() as stop:
+    with _logging_to(attempt.log), _machine(request["threads"], request["deterministic"]), StopFlag() as stop:
+        if _is_there(folder, target, attempt):
+            return "done"
         batches = Batches(store, segments, device)
         training = begin(store, segments, batches.stream, target, attempt, request["kernels"], device)
         details = fingerprint.fingerprint(root["model"], request, device)
@@ -201,21 +202,33 @@ def _device(wanted: str) -> str:
 
 
 @contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """What zexp's loggers say from INFO on goes to the end of the attempt's log."""
+    package = logging.getLogger("zexp")
+    level_before = package.level
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.setLevel(level_before)
+        package.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
 def _machine(threads: int, deterministic: bool) -> Iterator[None]:
     """The request's threads and determinism for this process; what was set before comes back."""
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
-    memory: Any = torch.utils.deterministic  # an attribute that torch's type stubs do not know
-    fill_before = memory.fill_uninitialized_memory
     torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
     torch.use_deterministic_algorithms(deterministic)
-    # It would write NaN into every fresh tensor to show reads of what was never written; that is the tests' business.
-    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        memory.fill_uninitialized_memory = fill_before
         torch.use_deterministic_algorithms(deterministic_before)
         torch.set_num_threads(threads_before)
