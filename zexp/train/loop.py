@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # by torch.optim and meta tensors at their first use, 1.4 s: here a slot pays it before it forks
 
 from zexp.store import retention
 from zexp.store.attempt import Attempt
