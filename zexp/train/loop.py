@@ -51,6 +51,8 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
     for tokens in sorted(wanted):
         if not is_step_boundary(segment, tokens):
             raise ValueError(f"no optimizer step of {folder} ends at {tokens} tokens, where a state is wanted")
+    if problems := schedule.check(segment["lr"]):
+        raise ValueError(f"the learning rate of {folder} is no schedule: {' '.join(problems)}")
     device = _device(request["device"])
     root = segments[0].semantic
     config = {"trajectory": folder.id, "segment": segment, "model": root["model"], "request": dict(request)}
