@@ -23,7 +23,7 @@ def zexp(*words: str, cwd: Path, store: Path | None = None) -> subprocess.Comple
         (["arch.blocks.a.heads=5"], ["heads", "128", "5"]),
         (["phases.pretrain.tokens=10B"], ["source base", "epochs", "max_epochs"]),
         (["mix.sources.base.weight=-1"], ["mix.sources.base.weight = -1", "0 or above"]),
-        (["eval.tasks=[docstrng]"], ["docstrng", "docstring"]),
+        (["eval.tasks=[bpb_bass]"], ["bpb_bass", "bpb_base"]),
         (["store=/proc/nowhere"], ["cannot write", "store=DIR"]),
         (["kernels=fused"], ["zexp[gpu]"]),
     ],
@@ -36,12 +36,13 @@ def test_a_wrong_request_is_refused_before_anything_starts(verb, words, says, tm
     for text in says:
         assert text in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.lstrip().startswith("ConfigError: "), "nothing but the error"
     assert not list(tmp_path.glob("store/trajectory/*")), "something was started"
     assert not (tmp_path / "outputs").exists()
 
 
 def test_all_of_zexps_own_mistakes_are_reported_together(tmp_path):
-    done = zexp("plan", "arch.blocks.a.heads=5", "execution.device=tpu", "eval.tasks=[docstrng]", "mix.sources.base.weight=-1",
+    done = zexp("plan", "arch.blocks.a.heads=5", "execution.device=tpu", "eval.tasks=[bpb_bass]", "mix.sources.base.weight=-1",
                 cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2
     for text in ("heads", "execution.device = 'tpu'"):
@@ -57,9 +58,9 @@ def test_an_unknown_verb_and_study_are_named(tmp_path):
 
 
 def test_a_metric_and_a_baseline_must_exist(tmp_path):
-    done = zexp("plan", "+sweeps=quickstart", "study.metric=cloze/accuracy", "study.baseline={arm: contrl}", cwd=tmp_path)
+    done = zexp("plan", "+sweeps=quickstart", "study.metric=bpb_base/bits", "study.baseline={arm: contrl}", cwd=tmp_path)
     assert done.returncode == 2
-    assert "cloze/acc" in done.stderr
+    assert "bpb_base/bits_per_byte" in done.stderr
     assert "contrl" in done.stderr
 
 

@@ -35,11 +35,13 @@ class _Verb:
     json = False
     exit_code = 0
     started = 0.0
+    refused: ConfigError | None = None
 
 
 def hydra_verb(verb: str, arguments: list[str]) -> int:
     """Compose and act. `--json` stands before the first override. Raises ConfigError for every wrong request."""
     _Verb.name, _Verb.json, _Verb.exit_code, _Verb.started = verb, False, 0, time.monotonic()
+    _Verb.refused = None
     words = list(arguments)
     if "--json" in words:
         words.remove("--json")
@@ -59,6 +61,8 @@ def hydra_verb(verb: str, arguments: list[str]) -> int:
         raise ConfigError(_cause(error)) from error
     finally:
         sys.argv = argv
+    if _Verb.refused is not None:
+        raise _Verb.refused
     return _Verb.exit_code
 
 
@@ -71,7 +75,11 @@ def _task(config: DictConfig) -> float | None:
     """One composed config, without -m."""
     node = HydraConfig.get()
     composed = Composed(config, dict(node.runtime.choices), {}, list(node.overrides.task))
-    job = act_on([composed], node.launcher)[0]
+    try:
+        job = act_on([composed], node.launcher)[0]
+    except ConfigError as error:  # Hydra would print a line of its own before it passes it on
+        _Verb.refused = error
+        return None
     return job.return_value if job.status == JobStatus.COMPLETED else None
 
 

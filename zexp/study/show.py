@@ -106,8 +106,10 @@ def _print_ledger(console: Console, the_plan: Plan, store: Store) -> None:
 def _summary(the_plan: Plan) -> str:
     tokens, flops = the_plan.tokens(), the_plan.train_flops()
     pretrainings, anneals = len(the_plan.ends(False)), len(the_plan.ends(True))
-    text = f"{len(the_plan.variants)} variants: {pretrainings} pretraining{'s' * (pretrainings != 1)}"
-    text += f", shared, and {anneals} anneal{'s' * (anneals != 1)}. " if anneals else ". "
+    count = len(the_plan.variants)
+    text = f"{count} variant{'s' * (count != 1)}: {pretrainings} pretraining{'s' * (pretrainings != 1)}"
+    shared = ", shared," if anneals > pretrainings else ""
+    text += f"{shared} and {anneals} anneal{'s' * (anneals != 1)}. " if anneals else ". "
     text += (
         f"{say_tokens(tokens['to_train'])} tokens to train ({say_tokens(tokens['unshared'])} unshared), "
         f"{say_flops(flops['to_train'])}; at most {say_bytes(the_plan.disk_bytes())} of disk."

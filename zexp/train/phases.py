@@ -324,7 +324,7 @@ def _mix_weights(mix: Mix, key: str) -> dict[str, float]:
         if not source.weight >= 0 or source.weight == float("inf"):
             problems.add(f"{key}.sources.{name}.weight = {source.weight} must be a finite number, 0 or above.")
     weights = {name: float(source.weight) for name, source in mix.sources.items() if source.weight > 0}
-    if mix.sources and not weights:
+    if mix.sources and not weights and not problems.texts:
         problems.add(f"{key}.sources: every weight is 0. Give at least one source a weight.")
     problems.raise_if_any()
     return weights
