@@ -92,7 +92,9 @@ def main() -> None:
             if options.profile:
                 with torch.profiler.profile(with_stack=False) as profile:
                     step()
-                print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=40))
+                print(
+                    profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=40)
+                )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ from zexp.kernels.ssd import reference
 from zexp.kernels.ssd.torch_backend import ssd
 
 # B rows · T positions · H heads · P head width · G groups · N state size · Q chunk
-CASES = [(2, 12, 4, 3, 1, 5, 4), (1, 13, 4, 2, 2, 3, 4), (2, 7, 2, 3, 1, 2, 16), (1, 9, 4, 2, 4, 2, 3), (2, 5, 2, 2, 1, 2, 1)]
+CASES = [
+    (2, 12, 4, 3, 1, 5, 4),
+    (1, 13, 4, 2, 2, 3, 4),
+    (2, 7, 2, 3, 1, 2, 16),
+    (1, 9, 4, 2, 4, 2, 3),
+    (2, 5, 2, 2, 1, 2, 1),
+]
 BOUNDARIES = [0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 4, 4]
 
 

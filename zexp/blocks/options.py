@@ -35,9 +35,7 @@ def read(cls: type[T], table: object, where: str) -> tuple[T | None, list[str]]:
     problems += [
         f"{where}.{name}: this key has no default and is missing."
         for name, field in fields.items()
-        if name not in table
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     return (None, problems) if problems else (cls(**values), [])
 

@@ -103,11 +103,17 @@ class _Reader:
         word, at = self.text[self.at : end], self.at
         if not word:
             found = repr(self.text[at]) if at < len(self.text) else "the end"
-            raise self._error(at, f"a letter or '(' is expected at character {{}}, found {found}.",
-                              "A layer is a letter (a), a fed layer (gm) or parallel branches ((a|m)).")
+            raise self._error(
+                at,
+                f"a letter or '(' is expected at character {{}}, found {found}.",
+                "A layer is a letter (a), a fed layer (gm) or parallel branches ((a|m)).",
+            )
         if not word.isascii() or not word.islower():
-            raise self._error(at, f"'{word}' at character {{}} is not a layer: block letters are a to z.",
-                              "Megatron's notation (M*-E) may not be mixed with zexp's letters.")
+            raise self._error(
+                at,
+                f"'{word}' at character {{}} is not a layer: block letters are a to z.",
+                "Megatron's notation (M*-E) may not be mixed with zexp's letters.",
+            )
         self.at = end
         if end < len(self.text) and self.text[end] == "(":
             if len(word) > 1:
@@ -134,12 +140,17 @@ class _Reader:
             digits = self.text[start : self.at]
             self._skip_blanks()
             if self.at >= len(self.text) or self.text[self.at] != "*":
-                raise self._error(start, f"the number {digits} at character {{}} repeats nothing.",
-                                  f"Write '{digits}*' before a layer or a group.")
+                raise self._error(
+                    start,
+                    f"the number {digits} at character {{}} repeats nothing.",
+                    f"Write '{digits}*' before a layer or a group.",
+                )
             self.at += 1
             self._skip_blanks()
             if not digits.isascii() or int(digits) == 0:
-                raise self._error(start, f"the repeat {digits}* at character {{}} leaves no layer.", "Repeat at least once.")
+                raise self._error(
+                    start, f"the repeat {digits}* at character {{}} leaves no layer.", "Repeat at least once."
+                )
             times *= int(digits)
             self._check_size(times, start)
         return times
@@ -166,13 +177,18 @@ class _Reader:
     def _branches(self, group: _Group) -> None:
         end = self.text.find(")", self.at)
         if end < 0:
-            raise self._error(group.at, "the '(' at character {} is never closed.", f"Close it: '{self.text.rstrip()})'.")
+            raise self._error(
+                group.at, "the '(' at character {} is never closed.", f"Close it: '{self.text.rstrip()})'."
+            )
         names, at = [], self.at
         for part in self.text[self.at : end].split("|"):
             name = part.strip()
             if len(name) != 1 or not name.isascii() or not name.islower():
-                raise self._error(at, f"the branch '{name}' at character {{}} is not one block letter.",
-                                  "Parallel branches are single letters: '(a|m)'.")
+                raise self._error(
+                    at,
+                    f"the branch '{name}' at character {{}} is not one block letter.",
+                    "Parallel branches are single letters: '(a|m)'.",
+                )
             names.append(name)
             at += len(part) + 1
         self.at = end + 1
@@ -180,7 +196,9 @@ class _Reader:
 
     def _close(self) -> None:
         if len(self.stack) == 1:
-            raise self._error(self.at, "the ')' at character {} closes nothing.", "Remove it, or open a group before it.")
+            raise self._error(
+                self.at, "the ')' at character {} closes nothing.", "Remove it, or open a group before it."
+            )
         group = self.stack.pop()
         if not group.layers:
             raise self._error(group.at, "the group at character {} is empty.", "Put layers into it or remove it.")

@@ -98,9 +98,7 @@ def _layers(written: Any, problems: Problems) -> list[str]:
         return []
 
 
-def _specs(
-    layers: list[str], tables: Mapping[str, Any], width: int | None, problems: Problems
-) -> dict[str, BlockSpec]:
+def _specs(layers: list[str], tables: Mapping[str, Any], width: int | None, problems: Problems) -> dict[str, BlockSpec]:
     """A spec for every known letter of the layers, completed and checked as far as the width is known."""
     used = pattern.letters(layers)
     for letter in used:
@@ -150,7 +148,7 @@ def _check_layers(layers: list[str], specs: Mapping[str, BlockSpec], problems: P
         if spec_class(feeder).ROLE != "feeder":
             problems.add(
                 f"arch.pattern: '{layer}' writes '{feeder}' before a layer, but it is no shared block and feeds "
-                f"nothing.\n  Separate the layers by a blank: '{feeder} {layer[len(feeder):]}'."
+                f"nothing.\n  Separate the layers by a blank: '{feeder} {layer[len(feeder) :]}'."
             )
         elif any(spec_class(letter).ROLE == "channel" for letter in known):
             problems.add(

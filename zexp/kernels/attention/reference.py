@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def attention(q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, *, scale: float, documents_BT: Tensor | None = None) -> Tensor:
+def attention(
+    q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, *, scale: float, documents_BT: Tensor | None = None
+) -> Tensor:
     """softmax(scale q k^T) v over the keys s <= t of the same document.  Source: Vaswani et al. 2017, eq. (1)."""
     repeats = q_BTHP.shape[2] // k_BTGP.shape[2]
     k, v = k_BTGP.repeat_interleave(repeats, dim=2), v_BTGP.repeat_interleave(repeats, dim=2)

@@ -31,6 +31,7 @@ from zexp.kernels.precision import at_least_fp32
 BUFFER_ELEMENTS = 1 << 18  # of a Q × Q buffer: 1 MB in fp32; smaller ones pay more in calls than they save in cache
 DECAY_BLOCK = 16
 
+
 def ssd(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
@@ -84,11 +85,18 @@ def _masks(ids_BT: Tensor, chunk: int, dtype: torch.dtype) -> _Masks:
 class _Ssd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, d_H: Tensor,
-        chunk: int, ids_BT: Tensor | None,
+        ctx: Any,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        a_H: Tensor,
+        b_BTGN: Tensor,
+        c_BTGN: Tensor,
+        d_H: Tensor,
+        chunk: int,
+        ids_BT: Tensor | None,
     ) -> Tensor:
         batch, length, heads, width = x_BTHP.shape
-        groups, state = b_BTGN.shape[2:]
+        groups = b_BTGN.shape[2]
         chunks = length // chunk
         masks = None if ids_BT is None else _masks(ids_BT, chunk, x_BTHP.dtype)
         x_MQHP, dt_MQH, b_MQGN, c_MQGN = (
@@ -116,8 +124,20 @@ class _Ssd(torch.autograd.Function):
         y_MQHP.addcmul_(x_MQHP, d_H[:, None])
         y_BTHP = y_MQHP.view(batch, length, heads, width)
         ctx.save_for_backward(
-            x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, cum_MQH, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
-            y_BTHP, None if masks is None else masks.pair_MQQ,
+            x_BTHP,
+            dt_BTH,
+            a_H,
+            b_BTGN,
+            c_BTGN,
+            d_H,
+            cum_MQH,
+            entry_MQH,
+            exit_MQH,
+            carry_BCH,
+            entering,
+            scores_MGQQ,
+            y_BTHP,
+            None if masks is None else masks.pair_MQQ,
         )
         return y_BTHP
 
@@ -127,8 +147,7 @@ class _Ssd(torch.autograd.Function):
             x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, cum_MQH, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
             y_BTHP, pair_MQQ,
         ) = ctx.saved_tensors  # fmt: skip
-        batch, length, heads, width = x_BTHP.shape
-        groups = b_BTGN.shape[2]
+        heads, groups = x_BTHP.shape[2], b_BTGN.shape[2]
         count, chunk = entry_MQH.shape[:2]
         x, dt, b, c, y, dy = (
             tensor.reshape(count, chunk, *tensor.shape[2:])

@@ -1,0 +1,110 @@
+"""An architecture is completed, or refused with all of its mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+
+from tests.blocks.archs import MIXED, SHARED, TINY, architectures
+from zexp.blocks.resolve import numerics, resolve_model
+from zexp.config.errors import ConfigError
+
+
+def test_every_default_is_filled_in():
+    model = resolve_model(TINY["transformer_tiny"], 4096)
+    assert model == {
+        "pattern": ["a", "d"] * 4,
+        "vocab_size": 4096,
+        "width": 128,
+        "tie_embeddings": True,
+        "norm": {"kind": "rmsnorm", "eps": 1e-5},
+        "blocks": {
+            "a": {"heads": 4, "kv_heads": 4, "head_dim": 32, "rope_theta": 10000.0, "qk_norm": False, "bias": False},
+            "d": {"width": 341, "activation": "swiglu", "bias": False},
+        },
+    }
+
+
+@given(architectures())
+def test_a_resolved_model_resolves_to_itself_and_is_plain_json(arch):
+    model = resolve_model(arch, 64)
+    assert resolve_model({key: value for key, value in model.items() if key != "vocab_size"}, 64) == model
+    assert json.loads(json.dumps(model)) == model
+
+
+def test_an_integer_where_a_float_is_meant_is_the_same_model():
+    blocks = {"a": {"heads": 4, "rope_theta": 10000}}
+    model = resolve_model({"pattern": "a", "width": 16, "blocks": blocks}, 8)
+    assert type(model["blocks"]["a"]["rope_theta"]) is float
+
+
+def test_all_mistakes_are_reported_at_once():
+    arch = {
+        "pattern": "g q dm gd",
+        "widht": 128,
+        "blocks": {"z": {}, "m": {"expnd": 3}, "g": {**SHARED, "heads": "four"}, "d": {"width": 3.5}},
+    }
+    with pytest.raises(ConfigError) as error:
+        resolve_model(arch, 10)
+    text = str(error.value)
+    for part in (
+        "arch.widht: there is no such key. Did you mean width?",
+        "arch.width: this key has no default and is missing.",
+        "there is no block 'q'. The blocks are a (attention), d (mlp), g (shared), m (mamba2).",
+        "arch.blocks.z: the pattern has no layer 'z', so this table would be ignored.",
+        "arch.blocks.m.expnd: there is no such key. Did you mean expand?",
+        "arch.blocks.g.heads = 'four': an integer is expected.",
+        "arch.blocks.d.width = 3.5: an integer is expected.",
+        "'g' has the shared block 'g' where a layer is expected",
+        "'dm' writes 'd' before a layer, but it is no shared block",
+        "'gd' feeds the shared block 'g' into a channel mixer",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks", "message"),
+    [
+        ("a", {"a": {"heads": 3}}, "arch.blocks.a.heads = 3: the width 16 cannot be cut into 3 equal heads."),
+        ("a", {"a": {"heads": 4, "kv_heads": 3}}, "arch.blocks.a.kv_heads = 3: 4 query heads cannot share 3 evenly."),
+        ("a", {"a": {"heads": 16}}, "rotary embedding pairs channels, but a head has 1."),
+        ("a", {"a": {"heads": 0}}, "arch.blocks.a.heads = 0: it must be at least 1."),
+        ("a", {}, "arch.blocks.a.heads: this key has no default and is missing."),
+        ("d", {"d": {"width": 8, "activation": "swish"}}, "choose one of swiglu, geglu_erf"),
+        ("m", {"m": {"head_dim": 5}}, "the inner width 32 (expand 2 × width 16) cannot be cut into heads of 5."),
+        ("m", {"m": {"head_dim": 8, "groups": 3}}, "4 heads cannot be shared evenly by 3 groups."),
+        ("m", {"m": {"head_dim": 8, "chunk": True}}, "arch.blocks.m.chunk = True: an integer is expected."),
+        ("gm", {"g": {"heads": 3, "mlp_width": 8}, "m": {"head_dim": 8}}, "input of width 32 cannot be cut into 3"),
+        ("gm", {"g": {"heads": 2, "mlp_width": 8, "copies": 2}, "m": {"head_dim": 8}}, "calls 'g' 1 times"),
+        (
+            "gm",
+            {"g": {"heads": 2, "mlp_width": 8, "lora_rank": {"mlp": -1}}, "m": {"head_dim": 8}},
+            "arch.blocks.g.lora_rank.mlp = -1: a rank is 0 (none) or more.",
+        ),
+        ("(a|a)", {"a": {"heads": 4}}, "the branches of '(a|a)' repeat a letter"),
+        ("ag", {"a": {"heads": 4}, "g": {"heads": 2, "mlp_width": 8}}, "Write it before one, without a blank: 'gm'."),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(pattern, blocks, message):
+    with pytest.raises(ConfigError) as error:
+        resolve_model({"pattern": pattern, "width": 16, "blocks": blocks}, 8)
+    assert message in str(error.value)
+
+
+def test_numerics_are_those_of_what_the_model_uses():
+    assert "kernel.attention" not in numerics(resolve_model(TINY["mamba2_tiny"], 64))
+    mixed = numerics(resolve_model(MIXED, 64))
+    assert {"block.attention", "block.mamba2", "block.mlp", "block.shared", "kernel.ssd", "model.init"} <= set(mixed)
+
+
+def test_resolving_and_counting_do_not_import_torch():
+    code = (
+        "import sys, zexp.calc.model, zexp.kernels.select\nfrom zexp.blocks.resolve import resolve_model\n"
+        "from tests.blocks.archs import MIXED\n"
+        "zexp.calc.model.block_table(resolve_model(MIXED, 64), 32)\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
