@@ -23,7 +23,7 @@ def zexp(*words: str, cwd: Path, store: Path | None = None) -> subprocess.Comple
         (["arch.blocks.a.heads=5"], ["heads", "128", "5"]),
         (["phases.pretrain.tokens=10B"], ["source base", "epochs", "max_epochs"]),
         (["mix.sources.base.weight=-1"], ["mix.sources.base.weight = -1", "0 or above"]),
-        (["eval.tasks=[bpb_bass]"], ["bpb_bass", "bpb_base"]),
+        (["eval.tasks=[bpb_bass]"], ["bpb_bass", "base, high_quality"]),
         (["store=/proc/nowhere"], ["cannot write", "store=DIR"]),
         (["kernels=fused"], ["zexp[gpu]"]),
     ],

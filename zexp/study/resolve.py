@@ -20,6 +20,7 @@ from zexp.config.errors import ConfigError, Problems
 from zexp.config.schema import Corpus, Mix, Run, Source
 from zexp.data import recipe
 from zexp.evaluate import plan as evaluate_plan
+from zexp.kernels import select
 from zexp.store.ids import semantic_id
 from zexp.study import variants
 from zexp.train import phases
@@ -138,6 +139,7 @@ class Resolver:
         problems.raise_if_any()
         assert model is not None and data is not None
         resolved_model, model_numerics, parameters, flops = model
+        self._collect(problems, lambda: select.backends(run.kernels.backend, select.operations_of(model_numerics)))
         tokenizer, corpora, packings = data
         packing_ids = {name: stage.id for name, stage in packings.items()}
         chain = self._collect(
@@ -384,5 +386,3 @@ def _check_execution(run: Run, problems: Problems) -> None:
         problems.add(f"execution.device = {run.execution.device!r}; it is auto, cpu or cuda.")
     if run.logger.kind not in ("jsonl", "wandb"):
         problems.add(f"logger.kind = {run.logger.kind!r}; it is jsonl or wandb.")
-    if run.kernels.backend not in ("auto", "torch", "fused"):
-        problems.add(f"kernels.backend = {run.kernels.backend!r}; it is auto, torch or fused.")
