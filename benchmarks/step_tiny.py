@@ -42,7 +42,8 @@ def _timed(work: Any) -> float:
 
 def trainer(arch: str, micro_batch: int, packed: bool) -> tuple[dict[str, Any], Any]:
     """The resolved model, and a function that does one optimizer step."""
-    semantic = resolve_model(OmegaConf.to_object(OmegaConf.load(CONF / f"{arch}.yaml")), VOCAB)
+    arch_table: Any = OmegaConf.to_object(OmegaConf.load(CONF / f"{arch}.yaml"))
+    semantic = resolve_model(arch_table, VOCAB)
     net = build(semantic, seed=0)
     names = set(decayed(net))
     groups = [

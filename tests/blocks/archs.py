@@ -75,7 +75,11 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
             },
         ),
         "g": st.fixed_dictionaries(
-            {"heads": st.sampled_from([1, 2]), "mlp_width": st.integers(1, 20), "copies": st.integers(1, max(1, calls))},
+            {
+                "heads": st.sampled_from([1, 2]),
+                "mlp_width": st.integers(1, 20),
+                "copies": st.integers(1, max(1, calls)),
+            },
             optional={
                 "activation": st.sampled_from(["gelu_erf", "silu", "relu2"]),
                 "concat_embeddings": st.booleans(),

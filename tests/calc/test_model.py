@@ -139,7 +139,8 @@ def test_zamba2_1p2b_forward_and_training_flops():
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("Zamba2-1.2B", 98_304), ("Zamba2-2.7B", 184_320), ("Zamba2-7B", 372_736), ("Llama-3.2-1B", 32_768)]
+    ("name", "expected"),
+    [("Zamba2-1.2B", 98_304), ("Zamba2-2.7B", 184_320), ("Zamba2-7B", 372_736), ("Llama-3.2-1B", 32_768)],
 )
 def test_every_call_of_a_shared_block_has_its_own_cache(name, expected):
     vocab_size, arch, _ = PUBLISHED[name]

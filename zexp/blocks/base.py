@@ -6,6 +6,7 @@ attention scores are causal. Bytes are those of decoding one sequence.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ Role = Literal["mixer", "channel", "feeder"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSpec:
+class BlockSpec(ABC):
     """The keys of one block; a subclass adds its own as dataclass fields.
 
     ROLE: mixer (mixes along the sequence), channel (mixes channels), feeder (a shared block whose output is added
@@ -29,17 +30,17 @@ class BlockSpec:
         """The same spec with every default that depends on the width filled in."""
         return self
 
+    @abstractmethod
     def problems(self, width: int, where: str) -> list[str]:
         """What is illegal, one text each; `where` is the table's name ("arch.blocks.a")."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameters(self, width: int) -> int:
         """Parameters of one layer, or of one copy of a feeder; the norm before a layer is not included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, width: int, seq_len: int) -> float:
         """Forward FLOPs per token of one layer, or of one call of a feeder."""
-        raise NotImplementedError
 
     def kv_bytes_per_token(self, width: int, element_bytes: int) -> int:
         """Cache that grows with the context, per layer or call."""
@@ -61,9 +62,9 @@ class FeederSpec(BlockSpec):
     ROLE: ClassVar[Role] = "feeder"
     copies: int = 1
 
+    @abstractmethod
     def call_parameters(self, width: int) -> int:
         """Parameters that belong to one call alone."""
-        raise NotImplementedError
 
 
 def unit_problems(values: dict[str, int], where: str) -> list[str]:
