@@ -87,7 +87,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], list
     if path in including:
         raise ConfigError(f"{path}: includes itself, by way of {' → '.join(p.name for p in (*including, path))}.")
     try:
-        config = yaml.load(path.read_bytes(), Loader=_Loader)  # noqa: S506  a SafeLoader with one more tag
+        config = yaml.load(path.read_bytes(), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: no YAML that can be read: {error}") from error
     if not isinstance(config, dict):

@@ -1,70 +1,98 @@
-"""The `tasks` stage: a task's documents, from held-out text that a corpus stage put aside, and what a trivial model scores.
+"""The `tasks` stage: the documents of one task, and what a model that knows nothing would score on them.
 
-result/documents.jsonl {"id", "text"}   result/baselines.json {metric: {"name", "value"}}
+    result/documents.jsonl   one item a line, as builders.py says
+    result/baselines.json    {metric: {chance | baseline, baseline_is}}
+    result/manifest.json     {items, …checksums}
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from zexp.data import corpus, tokenizer
+from zexp.evaluate import builders
+from zexp.store import files
 from zexp.store.attempt import Attempt
-from zexp.store.errors import StoreError
-from zexp.store.files import read_json, write_json
 from zexp.store.folder import StageFolder, Store
+
+DOCUMENTS, BASELINES = "documents.jsonl", "baselines.json"
+_WORD = re.compile(r" [a-z]{3,}")
 
 
 def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Attempt) -> str:
-    """Build the documents and baselines of one task. Raises StoreError if the corpus held nothing out."""
+    """The stage. Raises ValueError if the held-out text is too little for the task."""
     semantic = folder.semantic()
-    options = semantic["documents"]
     tokenizer.one_thread()
-    documents = list(_cut(store, semantic["corpus"], options["bytes"], options["longest"]))
-    if not documents:
-        raise StoreError(f"{semantic['task']}: the corpus {semantic['corpus'][:16]} has no held-out documents to score.")
-    scratch = attempt.scratch("result")
-    lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-    (scratch / "documents.jsonl").write_text("".join(lines), encoding="utf-8")
-    unigram = unigram_bits_per_byte(store, semantic["corpus"], semantic["tokenizer"], [d["text"] for d in documents])
-    write_json(scratch / "baselines.json", {"bits_per_byte": {"name": "unigram", "value": unigram}})
-    attempt.progress(len(documents), len(documents), "documents")
+    items, baselines = _build(store, semantic)
+    scratch = attempt.scratch("tasks")
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    files.write_atomic(scratch / DOCUMENTS, lines)
+    files.write_json(scratch / BASELINES, baselines)
+    files.write_json(scratch / files.MANIFEST, {"items": len(items), "task": semantic["task"]})
+    attempt.progress(len(items), len(items), "items")
     attempt.publish(scratch, "result")
     return "done"
 
 
-def _cut(store: Store, corpus_id: str, total: int, longest: int) -> Iterator[dict[str, str]]:
-    """Held-out documents up to a number of bytes in all, long ones cut at a line end."""
-    left = total
-    for document in corpus.read_heldout(store, corpus_id):
-        text = document.text
-        if len(text.encode()) > longest:
-            head = text.encode()[:longest].decode(errors="ignore")
-            text = head[: head.rfind("\n") + 1] or head
-        size = len(text.encode())
-        if size == 0 or not text.strip():
-            continue
-        if size > left:
-            return
-        left -= size
-        yield {"id": document.digest.hex()[:16], "text": text}
+def _build(store: Store, semantic: dict[str, Any]) -> tuple[list[builders.Item], dict[str, Any]]:
+    """(items, baselines)."""
+    options = dict(semantic["documents"])
+    builder = builders.BUILDERS[options.pop("builder")](**options)
+    if isinstance(builder, builders.Recall):
+        return _recall(builder, tokenizer.load(store, semantic["tokenizer"]))
+    heldout = list(corpus.read_heldout(store, semantic["corpus"]))
+    if isinstance(builder, builders.BitsPerByte):
+        items = builders.bits_per_byte(heldout, builder)
+        if not items:
+            raise ValueError(
+                f"{semantic['task']}: none of the source's documents are held out, so there is nothing to score. Raise "
+                "corpus.heldout, or cut the source into smaller documents (documents: paragraph)."
+            )
+        counts = token_counts(store, semantic["corpus"])
+        baseline = unigram_bits_per_byte(items, tokenizer.load(store, semantic["tokenizer"]), counts)
+        text = "a unigram model: the tokenizer's tokens by their counts in the training corpus"
+        return items, {"bits_per_byte": {"baseline": baseline, "baseline_is": text}}
+    if isinstance(builder, builders.Docstrings):
+        items = builders.docstrings(heldout, builder)
+        return items, {"acc": {"chance": 1 / builder.choices}}
+    encoder = tokenizer.load(store, semantic["tokenizer"])
+    items = builders.last_words(heldout, lambda word: len(tokenizer.encode(encoder, [word])[0]) == 1, builder)
+    frequent = {"baseline": builders.most_frequent(items), "baseline_is": "the choice that is most often a last word"}
+    return items, {"acc": {"chance": 1 / builder.choices, **frequent}}
 
 
-def unigram_bits_per_byte(store: Store, corpus_id: str, tokenizer_id: str, texts: list[str]) -> float:
-    """Bits per byte of a unigram model of the training tokens, add-one smoothed over the vocabulary."""
+def _recall(builder: builders.Recall, encoder: Tokenizer) -> tuple[list[builders.Item], dict[str, Any]]:
+    decoded = (encoder.decode([id_]) for id_ in range(encoder.get_vocab_size()))
+    words = [word for word in decoded if _WORD.fullmatch(word)]
+    return builders.recall(words, builder), {"acc": {"chance": 1 / builder.pairs}}
+
+
+def token_counts(store: Store, corpus_id: str) -> np.ndarray:
+    """How often each token occurs in a corpus, (V,), the eod left out."""
     result = corpus.result(store, corpus_id)
-    manifest = read_json(result / "manifest.json")
-    bpe = tokenizer.load(store, tokenizer_id)
-    counts = np.ones(bpe.get_vocab_size(), dtype=np.float64)
-    tokens = np.memmap(result / "tokens.bin", dtype=manifest["dtype"], mode="r")
-    for start in range(0, len(tokens), 1 << 22):  # a memory map is read in pieces: a corpus may be larger than memory
-        counts += np.bincount(tokens[start : start + (1 << 22)], minlength=len(counts))
-    bits = -np.log2(counts / counts.sum())
-    total = sum(float(bits[ids].sum()) for ids in tokenizer.encode(bpe, texts) if ids)
-    value = total / sum(len(text.encode()) for text in texts)
-    assert math.isfinite(value)
-    return value
+    dtype = np.dtype(files.read_json(result / files.MANIFEST)["dtype"]).newbyteorder("<")
+    tokens = np.memmap(result / "tokens.bin", dtype=dtype, mode="r")
+    counts = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
+    for start in range(0, len(tokens), 2**24):  # bincount makes int64 of what it counts
+        counts += np.bincount(tokens[start : start + 2**24], minlength=len(counts))
+    counts[tokenizer.EOD_ID] = 0
+    return counts
+
+
+def unigram_bits_per_byte(items: list[builders.Item], encoder: Tokenizer, counts: np.ndarray) -> float:
+    """Bits per byte of a unigram model with add-one smoothing over the vocabulary but the eod."""
+    vocabulary = encoder.get_vocab_size()
+    smoothed = np.ones(vocabulary)
+    smoothed[: len(counts)] += counts
+    smoothed[tokenizer.EOD_ID] = 0.0
+    with np.errstate(divide="ignore"):
+        bits = -np.log2(smoothed / smoothed.sum())
+    encoded = tokenizer.encode(encoder, [item["text"] for item in items])
+    total = math.fsum(float(bits[id_]) for ids in encoded for id_ in ids)
+    return total / sum(len(item["text"].encode()) for item in items)
