@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from zexp.config.errors import ConfigError
@@ -84,6 +84,12 @@ values = st.recursive(
 
 
 @given(values)
+@example(".0")
+@example("null")
+@example("True")
+@example("NaN")
+@example("-inf")
+@example("1e5")
 def test_hydra_reads_a_value_as_it_was_written(value):
     parsed = OverridesParser.create().parse_override(override_text("key", value))
     assert parsed.value() == value

@@ -138,7 +138,8 @@ def last_of_each_key(overrides: Sequence[str]) -> list[str]:
     return [text for i, text in enumerate(overrides) if last[override_key(text)] == i]
 
 
-_PLAIN = re.compile(r"^[A-Za-z_./:%+-][\w./:%+@-]*$")
+_PLAIN = re.compile(r"[A-Za-z_/][\w./:%+@-]*")
+_WORDS = ("null", "true", "false", "inf", "nan")  # Hydra reads them as values, in any case of their letters
 
 
 def override_text(key: str, value: Any) -> str:
@@ -160,7 +161,7 @@ def _grammar(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(_grammar(item) for item in value) + "]"
     text = str(value)
-    if _PLAIN.match(text):
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
         return text
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
