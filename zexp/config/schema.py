@@ -200,7 +200,7 @@ class Checkpoint:
 class Execution:
     """Speed and place; nothing here changes a result."""
 
-    micro_batch: int = execution(8)  # sequences per forward pass
+    micro_batch: int = execution(4)  # sequences per forward pass
     device: str = execution("auto")  # auto (a GPU where there is one) | cpu | cuda
     deterministic: bool = execution(True)  # deterministic algorithms: same fingerprint, same bits
     log_every: int = execution(10)  # optimizer steps
