@@ -38,9 +38,9 @@ class BitsPerByte:
 class Docstrings:
     """Functions and classes, each with its own docstring and others to choose from."""
 
-    items: int = 512  # at most
-    choices: int = 3
-    bytes: int = 140  # of a docstring, at most; cut between words
+    items: int = 600  # at most
+    choices: int = 2
+    bytes: int = 120  # of a docstring, at most; cut between words
 
     READS = (CORPUS, SIGNATURES)
 

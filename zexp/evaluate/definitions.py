@@ -91,7 +91,9 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], list
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: no YAML that can be read: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: an lm-eval task is a YAML mapping with the key `task`; found {type(config).__name__}.")
+        raise ConfigError(
+            f"{path}: an lm-eval task is a YAML mapping with the key `task`; found {type(config).__name__}."
+        )
     merged: dict[str, Any] = {}
     files = [path]
     includes = config.pop("include", [])
@@ -125,4 +127,6 @@ def _plain(value: Any, path: Path) -> Any:
         return round12(value)
     if value is None or isinstance(value, str | bool | int):
         return value
-    raise ConfigError(f"{path}: {value!r} is a {type(value).__name__}; quote it, a task is text, numbers, lists and maps.")
+    raise ConfigError(
+        f"{path}: {value!r} is a {type(value).__name__}; quote it, a task is text, numbers, lists and maps."
+    )

@@ -28,6 +28,7 @@ from zexp.data import tokenizer as tokenizers
 from zexp.model.language_model import LanguageModel
 
 PAD = 64  # rows of matrices start at multiples of this; at least the chunk of the scans that the presets use
+HEAD_ROWS = 16  # logits, the widest matrix, are computed for the positions asked for, in multiples of this
 MOST_NEW_TOKENS = 256  # of a generation whose task does not say
 
 Scored = tuple[float, bool]  # log-likelihood in nats, whether every token was the most probable one
@@ -152,13 +153,12 @@ class Adapter(TemplateLM):
             self._say(done, len(wanted))
         return [wanted[inputs][targets] for inputs, targets in keys]
 
-    def _score_row(
-        self, inputs: tuple[int, ...], hidden_TD: Tensor, wanted: dict[tuple[int, ...], Scored]
-    ) -> None:
+    def _score_row(self, inputs: tuple[int, ...], hidden_TD: Tensor, wanted: dict[tuple[int, ...], Scored]) -> None:
         """Fill in the scores of the targets that end one row of inputs."""
         longest = max(len(targets) for targets in wanted)
-        first = (len(inputs) - longest) // PAD * PAD  # logits from here on: where, is a matter of this row alone
-        logprobs_TV = self.model.logits(hidden_TD[first:]).log_softmax(dim=-1)[: len(inputs) - first]
+        first = (len(inputs) - longest) // HEAD_ROWS * HEAD_ROWS
+        end = -(-len(inputs) // HEAD_ROWS) * HEAD_ROWS
+        logprobs_TV = self.model.logits(hidden_TD[first:end]).log_softmax(dim=-1)[: len(inputs) - first]
         greedy_T = logprobs_TV.argmax(dim=-1)
         for targets in wanted:
             ids = torch.tensor(targets, device=self._device)

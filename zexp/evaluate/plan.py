@@ -252,9 +252,7 @@ def _fingerprints(definition: Definition, directory: Path) -> dict[str, Any]:
                     "Paths are relative to the working directory."
                 )
             found[name] = path
-    return {
-        name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in sorted(found.items())
-    }
+    return {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in sorted(found.items())}
 
 
 def _data_files(value: Any) -> list[str]:

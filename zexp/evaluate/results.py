@@ -3,7 +3,9 @@
     results.json   {task, metrics: {name: {value, stderr, n, higher_is_better, chance?, baseline?: {name, value}}}, …}
     samples.jsonl  one line an item: {item, name: value}; of a ratio of sums (bits per byte) {name: [numerator, denominator]}
 
-stderr is of the items: of a mean its standard error, of a ratio of sums the delta method's; null for anything else.
+stderr is of the items: of a mean its standard error, of a ratio of sums the delta method's (Cochran, Sampling Techniques,
+1977, eq. 6.13); null for anything else. Where neighbouring items share choices (builders.py, _matching) it counts in their
+covariance, if that is positive.
 Only metrics whose value is one number are reported.
 """
 
@@ -21,8 +23,12 @@ _RATIOS = {  # of (log-likelihood, weight): what lm-eval reports is a function o
 
 
 def metrics_of(
-    task: str, found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], higher_is_better: Mapping[str, Any],
-    report_as: Mapping[str, str], baselines: Mapping[str, Any],
+    task: str,
+    found: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    higher_is_better: Mapping[str, Any],
+    report_as: Mapping[str, str],
+    baselines: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(metrics of results.json, lines of samples.jsonl) of one lm-eval task.
 
@@ -47,7 +53,7 @@ def metrics_of(
                 line[ours] = value
         metrics[ours] = {
             "value": float(values[theirs]),
-            "stderr": _stderr(theirs, float(values[theirs]), each),
+            "stderr": _stderr(theirs, float(values[theirs]), each, baselines.get(ours, {}).get("neighbours", 0)),
             "n": len(rows),
             "higher_is_better": bool(higher_is_better.get(theirs, True)),
             **_reference(baselines.get(ours, {})),
@@ -81,7 +87,8 @@ def _item_value(metric: str, value: Any) -> float | list[float] | None:
     return None
 
 
-def _stderr(metric: str, value: float, each: Sequence[float | list[float] | None]) -> float | None:
+def _stderr(metric: str, value: float, each: Sequence[float | list[float] | None], neighbours: int) -> float | None:
+    """neighbours: items this far apart or less, in a ring, are not independent."""
     n = len(each)
     if n < 2 or any(one is None for one in each):
         return None
@@ -96,7 +103,10 @@ def _stderr(metric: str, value: float, each: Sequence[float | list[float] | None
     mean = math.fsum(numbers) / n
     if not math.isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12):
         return None  # not a mean of the items' values (F1, perplexity …)
-    return math.sqrt(math.fsum((one - mean) ** 2 for one in numbers) / (n * (n - 1)))
+    off = [one - mean for one in numbers]
+    spread = math.fsum(one * one for one in off)
+    shared = math.fsum(off[i] * off[i - lag] for lag in range(1, neighbours + 1) for i in range(n))
+    return math.sqrt((spread + max(0.0, 2.0 * shared)) / (n * (n - 1)))
 
 
 def _reference(known: Mapping[str, Any]) -> dict[str, Any]:

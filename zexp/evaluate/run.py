@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from zexp.data import tokenizer as tokenizers
@@ -33,6 +35,7 @@ from zexp.store.folder import StageFolder, Store
 from zexp.train.checkpoint import load_model
 
 _FUNCTION = "!function "
+FEWSHOT_SEED = 1234  # lm-eval's own default, as are those of _seed
 
 
 @dataclass
@@ -64,7 +67,12 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
             batch_size=request["eval"]["batch_size"],
             on_progress=lambda done, total: _progress(attempt, done, total),
         )
+        _seed()
         tasks, group = _tasks(store, semantic, request, attempt)
+        for task in tasks["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
         limit = semantic["settings"].get("limit")
         # lm-eval's own errors are bootstrapped 100,000 times: seconds a metric. results.py has closed forms.
         found = evaluate(lm=adapter, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
@@ -84,9 +92,7 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     return "done"
 
 
-def _tasks(
-    store: Store, semantic: Mapping[str, Any], request: Mapping[str, Any], attempt: Attempt
-) -> tuple[Any, bool]:
+def _tasks(store: Store, semantic: Mapping[str, Any], request: Mapping[str, Any], attempt: Attempt) -> tuple[Any, bool]:
     """(lm-eval's task dict, whether the name is of several tasks)."""
     task, own = semantic["task"], request["eval"]
     if task["yaml"] is None:
@@ -105,7 +111,9 @@ def _tasks(
     build = config.get("class", ConfigurableTask)
     metadata = config.get("metadata")
     # custom_dataset is called with the metadata as keyword arguments, and any task may have them printed.
-    config["metadata"] = {"version": metadata["version"]} if isinstance(metadata, dict) and "version" in metadata else {}
+    config["metadata"] = (
+        {"version": metadata["version"]} if isinstance(metadata, dict) and "version" in metadata else {}
+    )
     with _offline():
         return {"tasks": {task["name"]: build(config=config)}}, False
 
@@ -114,7 +122,9 @@ def _lm_evals_own(task: Mapping[str, Any], index: str) -> tuple[Any, bool]:
     """A task, group or tag that lm-eval brings. index: where, as names.lm_eval_names says."""
     version = importlib.metadata.version("lm_eval")
     if version != task["lm_eval"]:
-        raise StoreError(f"{task['name']} was planned with lm-eval {task['lm_eval']}, and {version} is installed. Plan again.")
+        raise StoreError(
+            f"{task['name']} was planned with lm-eval {task['lm_eval']}, and {version} is installed. Plan again."
+        )
     from lm_eval.tasks import TaskManager
 
     from zexp.evaluate.names import lm_eval_folder
@@ -146,8 +156,12 @@ def _collect(
     if not group:
         name = next(iter(found["samples"]))
         metrics, lines = results.metrics_of(
-            task["name"], found["results"][name], found["samples"][name], found["higher_is_better"].get(name, {}),
-            zexp.get("report_as", {}), baselines,
+            task["name"],
+            found["results"][name],
+            found["samples"][name],
+            found["higher_is_better"].get(name, {}),
+            zexp.get("report_as", {}),
+            baselines,
         )
         return {"metrics": metrics, "version": found["versions"].get(name)}, lines
     metrics, lines = {}, []
@@ -243,6 +257,13 @@ def _check_files(task: Mapping[str, Any], beside: Path, directory: Path) -> None
             raise StoreError(f"{path} is no longer the file that was planned with. Plan again.")
 
 
+def _seed() -> None:
+    """Some of lm-eval's tasks draw their documents or choices from the global generators."""
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+
+
 def _progress(attempt: Attempt, done: int, total: int) -> None:
     attempt.progress(done, total, "sequences")
     attempt.check()
@@ -265,8 +286,7 @@ def _machine(request: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's progress bars and advice left out; its errors stay."""
-    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which lm-eval does
+    """lm-eval's advice left out; its errors stay."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

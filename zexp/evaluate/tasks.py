@@ -1,8 +1,8 @@
 """The `tasks` stage: the documents of one task, and what a model that knows nothing would score on them.
 
-    result/documents.jsonl   one item a line, as builders.py says
-    result/baselines.json    {metric: {chance | baseline, baseline_is}}
-    result/manifest.json     {items, …checksums}
+result/documents.jsonl   one item a line, as builders.py says
+result/baselines.json    {metric: {chance?, baseline?, baseline_is?, neighbours?}}
+result/manifest.json     {items, …checksums}
 """
 
 from __future__ import annotations
@@ -60,17 +60,22 @@ def _build(store: Store, semantic: dict[str, Any]) -> tuple[list[builders.Item],
         return items, {"bits_per_byte": {"baseline": baseline, "baseline_is": text}}
     if isinstance(builder, builders.Docstrings):
         items = builders.docstrings(heldout, builder)
-        return items, {"acc": {"chance": 1 / builder.choices}}
+        return items, {"acc": _of_ring(builder.choices)}
     encoder = tokenizer.load(store, semantic["tokenizer"])
     items = builders.last_words(heldout, lambda word: len(tokenizer.encode(encoder, [word])[0]) == 1, builder)
     frequent = {"baseline": builders.most_frequent(items), "baseline_is": "the choice that is most often a last word"}
-    return items, {"acc": {"chance": 1 / builder.choices, **frequent}}
+    return items, {"acc": {**_of_ring(builder.choices), **frequent}}
 
 
 def _recall(builder: builders.Recall, encoder: Tokenizer) -> tuple[list[builders.Item], dict[str, Any]]:
     decoded = (encoder.decode([id_]) for id_ in range(encoder.get_vocab_size()))
     words = [word for word in decoded if _WORD.fullmatch(word)]
     return builders.recall(words, builder), {"acc": {"chance": 1 / builder.pairs}}
+
+
+def _of_ring(choices: int) -> dict[str, Any]:
+    """neighbours: items so near to each other in the ring share choices, and their errors are not independent."""
+    return {"chance": 1 / choices, "neighbours": choices - 1}
 
 
 def token_counts(store: Store, corpus_id: str) -> np.ndarray:
