@@ -15,8 +15,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_RATIOS = {  # of (log-likelihood, weight): what lm-eval reports is a function of their sums
-    "bits_per_byte": (-1.0 / math.log(2.0), False),
+_RATIOS = {  # of (log-likelihood in nats, weight): what it is divided by, and whether the metric is the ratio's exponential
+    "bits_per_byte": (-math.log(2.0), False),
     "byte_perplexity": (-1.0, True),
     "word_perplexity": (-1.0, True),
 }
@@ -81,7 +81,7 @@ def _first_filter(found: Mapping[str, Any]) -> dict[str, float]:
 
 def _item_value(metric: str, value: Any) -> float | list[float] | None:
     if metric in _RATIOS and isinstance(value, tuple | list) and len(value) == 2:
-        return [_RATIOS[metric][0] * float(value[0]), float(value[1])]
+        return [float(value[0]) / _RATIOS[metric][0], float(value[1])]
     if isinstance(value, bool | int | float) and math.isfinite(value):
         return float(value)
     return None
@@ -98,7 +98,7 @@ def _stderr(metric: str, value: float, each: Sequence[float | list[float] | None
         ratio = math.fsum(total for total, _ in pairs) / (n * mean_weight)
         spread = math.fsum((total - ratio * weight) ** 2 for total, weight in pairs)
         error = math.sqrt(spread / (n * (n - 1))) / mean_weight
-        return value * error if _RATIOS[metric][1] else error  # a perplexity is the ratio's exponential
+        return value * error if _RATIOS[metric][1] else error
     numbers = [one for one in each if isinstance(one, float)]
     mean = math.fsum(numbers) / n
     if not math.isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12):
