@@ -43,10 +43,11 @@ def test_a_wrong_request_is_refused_before_anything_starts(verb, words, says, tm
 
 def test_all_of_zexps_own_mistakes_are_reported_together(tmp_path):
     done = zexp("plan", "arch.blocks.a.heads=5", "execution.device=tpu", "eval.tasks=[bpb_bass]", "mix.sources.base.weight=-1",
-                cwd=tmp_path)  # fmt: skip
+                "phases.pretrain.tokens=abc", "anneal.shape=round", "optim.eps=0", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2
-    for text in ("heads", "execution.device = 'tpu'"):
-        assert text in done.stderr
+    said = ("blocks.a.heads = 5", "device = 'tpu'", "bpb_bass", "weight = -1", "tokens = 'abc'", "shape = 'round'", "eps = 0")
+    assert [text for text in said if text not in done.stderr] == []
+    assert "problems; nothing was started" in done.stderr
 
 
 def test_an_unknown_verb_and_study_are_named(tmp_path):

@@ -136,25 +136,28 @@ class Resolver:
         sources = _sources_of(run, problems)
         model = self._collect(problems, lambda: self._model(run))
         data = self._collect(problems, lambda: self._data(run, sources))
-        problems.raise_if_any()
-        assert model is not None and data is not None
-        resolved_model, model_numerics, parameters, flops = model
-        self._collect(problems, lambda: select.backends(run.kernels.backend, select.operations_of(model_numerics)))
-        tokenizer, corpora, packings = data
-        packing_ids = {name: stage.id for name, stage in packings.items()}
+        # A mistake here does not hide those of the phases and tasks: they are checked against stand-ins, and nothing is
+        # returned.
+        resolved_model, model_numerics, parameters, flops = model or ({}, {}, {}, {})
+        packings = data[2] if data is not None else {}
+        packing_ids = {name: packings[name].id if name in packings else name for name in sources}
+        tokenizer_id = data[0].id if data is not None else ""
+        if model is not None:
+            self._collect(problems, lambda: select.backends(run.kernels.backend, select.operations_of(model_numerics)))
         chain = self._collect(
             problems,
             lambda: phases.compile_chain(
                 run,
                 model=resolved_model,
                 model_numerics=model_numerics,
-                tokenizer=tokenizer.id,
-                packing=lambda name, _source: packing_ids[name],
+                tokenizer=tokenizer_id,
+                packing=lambda name, _source: packing_ids.get(name, name),
             ),
         )
-        planned = self._collect(problems, lambda: self._planned_tasks(run, corpora, tokenizer))
+        planned = None if data is None else self._collect(problems, lambda: self._planned_tasks(run, data[1], data[0]))
         problems.raise_if_any()
-        assert chain is not None and planned is not None
+        assert chain is not None and planned is not None and data is not None
+        tokenizer, corpora, packings = data
         used = {e["packing"] for s in chain.segments for e in s.semantic["streams"] if "packing" in e}
         by_packing = {stage.id: name for name, stage in packings.items() if stage.id in used}
         arch = composed.choices.get("arch") or "arch"

@@ -19,20 +19,13 @@ from zexp.config.tokens import parse_length, parse_tokens, round_up
 from zexp.data import mix as data_mix
 from zexp.data import stream as data_stream
 from zexp.store.ids import round12, semantic_id
+from zexp.train import legality
 from zexp.train import schedule as lr_schedule
 
 PARTS = data_mix.PARTS  # of the mixing table: weights are whole numbers of 1/4096
 
 # Raised when the update rule changes; the implementation (fused, foreach) is part of the numerics fingerprint.
 OPTIMIZER_NUMERICS = {"adamw": 1}
-
-# Keys of a schedule beyond kind and peak_lr: which kind reads which.
-SCHEDULE_KEYS = {
-    "constant": {"warmup_tokens"},
-    "linear": {"warmup_tokens", "floor_fraction"},
-    "cosine": {"warmup_tokens", "floor_fraction"},
-    "wsd": {"warmup_tokens", "decay", "decay_shape", "floor_fraction"},
-}
 
 
 @dataclass(frozen=True)
@@ -106,12 +99,17 @@ def compile_chain(
     Raises ConfigError with every mistake of phases, schedules, mixes and the anneal.
     """
     problems = Problems()
+    legality.check_run(run, tuple(OPTIMIZER_NUMERICS), problems)
+    steps = _ordered(run, problems)
+    for step in steps:
+        legality.check_phase(step.config, step.key, run, problems)
+    problems.raise_if_any()
     segments: list[Segment] = []
     spans: list[PhaseSpan] = []
     batch: int | None = None
-    for step in _order(run):
+    for step in steps:
         try:
-            batch = _batch_tokens(step, batch, run.seq_len)
+            batch = _batch_tokens(step, batch)
             parent = segments[-1] if segments else None
             peak_of_parent = spans[-1].peak_lr if spans else None
             pieces, cut, length, label, peak = _learning_rate(step, run, parent, batch, peak_of_parent)
@@ -131,9 +129,7 @@ def _order(run: Run) -> list[_Step]:
     problems = Problems()
     if "anneal" in run.phases:
         problems.add("phases.anneal cannot be set: `anneal` is a group of its own (anneal=replay60).")
-    steps = [_Step(name, f"phases.{name}", phase.parent, phase) for name, phase in run.phases.items()]
-    if run.anneal is not None:
-        steps.append(_Step("anneal", "anneal", run.anneal.parent, run.anneal))
+    steps = _written(run)
     names = {step.name for step in steps}
     for step in steps:
         if step.parent is not None and step.parent not in names:
@@ -163,19 +159,27 @@ def _order(run: Run) -> list[_Step]:
     return chain
 
 
-def _batch_tokens(step: _Step, parent_batch: int | None, seq_len: int) -> int:
-    if step.config.batch_tokens is None:
-        if parent_batch is None:
-            raise ConfigError(f"{step.key}.batch_tokens is not set and there is no parent to take it from. Set it, e.g. 4096.")
-        return parent_batch
-    batch = parse_tokens(step.config.batch_tokens, f"{step.key}.batch_tokens")
-    if batch <= 0 or batch % seq_len:
-        below = max(seq_len, batch // seq_len * seq_len)
-        raise ConfigError(
-            f"{step.key}.batch_tokens = {batch} is not a multiple of seq_len = {seq_len}: a batch is whole sequences. "
-            f"Take {below} or {below + seq_len}."
-        )
-    return batch
+def _written(run: Run) -> list[_Step]:
+    steps = [_Step(name, f"phases.{name}", phase.parent, phase) for name, phase in run.phases.items()]
+    if run.anneal is not None:
+        steps.append(_Step("anneal", "anneal", run.anneal.parent, run.anneal))
+    return steps
+
+
+def _ordered(run: Run, problems: Problems) -> list[_Step]:
+    """The phases in the order of training; in the order of their keys where they are no chain, which is a problem."""
+    try:
+        return _order(run)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return _written(run)
+
+
+def _batch_tokens(step: _Step, parent_batch: int | None) -> int:
+    if step.config.batch_tokens is not None:
+        return parse_tokens(step.config.batch_tokens, f"{step.key}.batch_tokens")
+    assert parent_batch is not None, "the root sets it"
+    return parent_batch
 
 
 Pieces = list[dict[str, Any]]
@@ -187,11 +191,7 @@ def _learning_rate(
     """(pieces, tokens at which the horizon starts to matter or None, length, label, peak) of a phase, absolute tokens."""
     start = parent.to if parent else 0
     length = parse_length(step.config.tokens, start if parent else None, f"{step.key}.tokens")
-    if length <= 0:
-        raise ConfigError(f"{step.key}.tokens = {step.config.tokens!r} trains nothing. Give a positive length.")
     length = round_up(length, batch)
-    if step.config.optimizer_state not in ("carry", "reset"):
-        raise ConfigError(f"{step.key}.optimizer_state = {step.config.optimizer_state!r}; it is carry or reset.")
     if isinstance(step.config, Anneal):
         assert parent_peak is not None
         return *_anneal_rate(step.config, start, length, batch, parent_peak), step.config.shape, parent_peak
@@ -202,52 +202,26 @@ def _learning_rate(
 
 
 def _anneal_rate(anneal: Anneal, start: int, length: int, batch: int, peak_lr: float) -> tuple[Pieces, int | None, int]:
-    problems = Problems()
-    if anneal.shape not in lr_schedule.SHAPES:
-        problems.add(f"anneal.shape = {anneal.shape!r}; it is one of {', '.join(lr_schedule.SHAPES)}.")
-    for name in ("peak_fraction", "floor_fraction"):
-        _check_fraction(getattr(anneal, name), f"anneal.{name}", problems, above_one=name == "peak_fraction")
-    _check_fraction(anneal.replay.fraction, "anneal.replay.fraction", problems)
     warmup = round_up(parse_tokens(anneal.warmup_tokens, "anneal.warmup_tokens"), batch)
     if warmup >= length:
-        problems.add(
+        raise ConfigError(
             f"anneal.warmup_tokens = {anneal.warmup_tokens} ({warmup} in whole steps) leaves nothing of the anneal's "
             f"{length} tokens to decay in. Shorten it or lengthen anneal.tokens."
         )
-    problems.raise_if_any()
     top, floor = round12(peak_lr * anneal.peak_fraction), round12(peak_lr * anneal.floor_fraction)
-    if anneal.shape == "constant" and anneal.floor_fraction not in (0.0, anneal.peak_fraction):
-        raise ConfigError("anneal.floor_fraction is not read by shape: constant. Leave it at 0.0 or choose another shape.")
     pieces = _warmup(start, warmup, top)
     pieces, cut = _tail(pieces, start, start + warmup, start + length, anneal.shape, top, floor)
     return pieces, cut, length
 
 
 def _phase_rate(schedule: Schedule, key: str, start: int, length: int, batch: int) -> tuple[Pieces, int | None]:
-    problems = Problems()
-    if schedule.kind not in SCHEDULE_KEYS:
-        raise ConfigError(f"{key}.kind = {schedule.kind!r}; it is one of {', '.join(SCHEDULE_KEYS)}.")
-    reads = SCHEDULE_KEYS[schedule.kind]
-    for name in ("decay", "decay_shape", "floor_fraction"):
-        value = getattr(schedule, name)
-        if name in reads and value is None:
-            problems.add(f"{key}.{name} is not set, and {schedule.kind} needs it.")
-        if name not in reads and value is not None:
-            problems.add(f"{key}.{name} = {value!r} is not read by kind: {schedule.kind}. Set it to null.")
-    if not schedule.peak_lr > 0:
-        problems.add(f"{key}.peak_lr = {schedule.peak_lr} is not above 0.")
-    if schedule.floor_fraction is not None:
-        _check_fraction(schedule.floor_fraction, f"{key}.floor_fraction", problems)
-    if schedule.decay_shape is not None and schedule.decay_shape not in lr_schedule.SHAPES:
-        problems.add(f"{key}.decay_shape = {schedule.decay_shape!r}; it is one of {', '.join(lr_schedule.SHAPES)}.")
     warmup = round_up(parse_tokens(schedule.warmup_tokens, f"{key}.warmup_tokens"), batch)
     decay = round_up(parse_length(schedule.decay, length, f"{key}.decay"), batch) if schedule.decay is not None else 0
     if warmup + decay > length or (warmup == length and schedule.kind != "constant"):
-        problems.add(
+        raise ConfigError(
             f"{key}: the warm-up ({warmup} tokens in whole steps){f' and the decay ({decay})' if decay else ''} "
             f"do not fit into the phase's {length} tokens. Shorten them or lengthen the phase."
         )
-    problems.raise_if_any()
     peak = round12(float(schedule.peak_lr))
     floor = round12(peak * (schedule.floor_fraction or 0.0))
     end = start + length
@@ -276,11 +250,6 @@ def _tail(
     return [*pieces, {"from": since, "to": end, "shape": shape, "start": top, "end": floor}], start
 
 
-def _check_fraction(value: float, key: str, problems: Problems, *, above_one: bool = False) -> None:
-    if not value >= 0.0 or (value > 1.0 and not above_one):
-        problems.add(f"{key} = {value} is not between 0 and 1.")
-
-
 def _streams(
     step: _Step, run: Run, segments: list[Segment], packing: Callable[[str, MixSource], str]
 ) -> list[dict[str, Any]]:
@@ -288,10 +257,7 @@ def _streams(
     config = step.config
     parent = segments[-1] if segments else None
     mix: Mix = config.mix or run.mix
-    key = f"{step.key}.mix" if config.mix else "mix"
     replay = config.replay if isinstance(config, Anneal) else None
-    if replay is not None and replay.start not in ("continue", "beginning"):
-        raise ConfigError(f"{step.key}.replay.start = {replay.start!r}; it is continue or beginning.")
     shares: list[float] = []
     entries: list[dict[str, Any]] = []
     if replay is not None and replay.fraction > 0:
@@ -300,7 +266,7 @@ def _streams(
         shares.append(replay.fraction)
     rest = 1.0 - (replay.fraction if replay is not None else 0.0)
     if rest > 0:
-        weights = _mix_weights(mix, key)
+        weights = {name: float(source.weight) for name, source in mix.sources.items() if source.weight > 0}
         seeds = _introduced(segments)
         own_seed = config.seed if config.seed is not None else run.seed
         for name, weight in weights.items():
@@ -314,20 +280,6 @@ def _streams(
         if entries == _origin_streams(segments):
             return whole
     return entries
-
-
-def _mix_weights(mix: Mix, key: str) -> dict[str, float]:
-    problems = Problems()
-    if not mix.sources:
-        problems.add(f"{key}.sources is empty. Name at least one source, e.g. sources: {{base: {{weight: 1}}}}.")
-    for name, source in mix.sources.items():
-        if not source.weight >= 0 or source.weight == float("inf"):
-            problems.add(f"{key}.sources.{name}.weight = {source.weight} must be a finite number, 0 or above.")
-    weights = {name: float(source.weight) for name, source in mix.sources.items() if source.weight > 0}
-    if mix.sources and not weights and not problems.texts:
-        problems.add(f"{key}.sources: every weight is 0. Give at least one source a weight.")
-    problems.raise_if_any()
-    return weights
 
 
 def _introduced(segments: list[Segment]) -> dict[str, int]:
@@ -412,10 +364,6 @@ def _semantic(
     model_numerics: Mapping[str, int],
     tokenizer: str,
 ) -> dict[str, Any]:
-    if run.optim.kind not in OPTIMIZER_NUMERICS:
-        raise ConfigError(f"optim.kind = {run.optim.kind!r}; it is one of {', '.join(OPTIMIZER_NUMERICS)}.")
-    if run.precision not in ("fp32", "bf16"):
-        raise ConfigError(f"precision = {run.precision!r}; it is fp32 or bf16.")
     optim = semantic_dict(run.optim)
     optim["betas"] = [round12(float(beta)) for beta in run.optim.betas]
     for name in ("eps", "weight_decay", "clip"):
