@@ -98,3 +98,25 @@ def test_a_changed_study_becomes_the_current_revision(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mine is now at revision 2: 2 altered" in done.stdout
     assert (folder / "store/studies/mine/revisions/1/variants.json").is_file()
+
+
+def test_a_scored_end_keeps_its_weights_alone_and_a_later_fork_of_it_replays_the_decay(tmp_path):
+    assert zexp("init", "mine", cwd=tmp_path).returncode == 0
+    folder = tmp_path / "mine"
+    words = ["arch=mine", "corpus=mine", "mix=mine", "eval=bpb", "seq_len=128", "phases.pretrain.tokens=8K",
+             "phases.pretrain.batch_tokens=1024", "schedule.warmup_tokens=1K"]  # fmt: skip
+    assert zexp("run", "anneal=none", *words, cwd=folder).returncode == 0
+
+    def parts():
+        states = folder.glob("store/trajectory/*/states/*")
+        return {int(state.name): sorted(part.name for part in state.iterdir() if part.is_dir()) for state in states}
+
+    assert parts() == {7168: ["optimizer", "weights"], 8192: ["weights"]}
+    anneal = ["anneal=control", "anneal.tokens=2K", "anneal.warmup_tokens=0"]
+    plan = json.loads(zexp("plan", "--json", *anneal, *words, cwd=folder).stdout)
+    assert plan["tokens"]["to_train"] == 1024 + 2048, "the decay is replayed from the trunk's end"
+    done = zexp("run", *anneal, *words, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert parts() == {7168: ["optimizer", "weights"], 8192: ["optimizer", "weights"], 10240: ["weights"]}
+    again = zexp("run", *anneal, *words, cwd=folder)
+    assert "Nothing to train" in again.stdout

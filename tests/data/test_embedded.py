@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from zexp.data import embedded, recipe
@@ -38,21 +37,20 @@ def test_numpy_is_read_without_a_leak_between_its_views(tmp_path):
     assert all(sides["base"][file] == sides["high_quality"][file] for file in both)
 
 
-def test_a_plan_with_a_warm_cache_is_quick_and_imports_nothing_heavy(tmp_path):
+def test_a_plan_with_a_warm_cache_reads_no_file_and_imports_nothing_heavy(tmp_path):
     code = (
-        "import sys, time, zexp.data.recipe as r\n"
+        "import sys, zexp.data.recipe as r, zexp.store.files as f\n"
         "keys = {'kind': 'embedded', 'view': 'base'}\n"
         f"plan = lambda: r.source_semantic('base', keys, store_root={str(tmp_path)!r}, directory='.')\n"
-        "first = plan(); begin = time.process_time(); again = plan(); print(time.process_time() - begin)\n"
+        "first = plan(); read = []; opened = lambda event, arguments: event == 'open' and read.append(str(arguments[0]))\n"
+        "sys.addaudithook(opened); again = plan()\n"
         "assert first == again\n"
         "assert r.tokens_bound(first) > 10_000_000\n"
+        "print([name for name in read if name.endswith('.py')])\n"
         "print(sorted({'torch', 'numpy', 'scipy', 'tokenizers', 'polars', 'datasets'} & set(sys.modules)))\n"
     )
-    seconds, loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert loaded == "[]"
-    assert float(seconds) < 0.3  # measured 0.06; CPU time, since the machine may be busy
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
 
 
 def test_versions_are_named():
@@ -62,9 +60,7 @@ def test_versions_are_named():
 
 
 def test_the_numerics_of_a_view_enter_its_corpus(tmp_path):
-    begin = time.perf_counter()
     made = recipe.source_semantic(
         "b", {"kind": "embedded", "view": "base", "packages": ["numpy"]}, store_root=tmp_path, directory=tmp_path
     )
     assert recipe.source_numerics(made) == {"data.embedded": 1, "data.docstrings": 1}
-    assert time.perf_counter() - begin < 30

@@ -96,6 +96,7 @@ def chain(
 def request(to: int, **changes: Any) -> dict[str, Any]:
     return {
         "to": to,
+        "optimizer": False,
         "keep": [],
         "micro_batch": 4,
         "threads": 1,

@@ -1,4 +1,4 @@
-import time
+import shutil
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from zexp.blocks.resolve import resolve_model
 from zexp.model.build import build, decayed
 from zexp.store.errors import StoreError
 from zexp.train import checkpoint, optimizer
-from zexp.train.loop import _machine
 
 OPTIM = {"kind": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
 
@@ -53,8 +52,8 @@ def small(width=16):
 
 def test_weights_alone_are_a_state_that_cannot_carry_an_optimizer(tmp_path):
     model, adamw = small()
-    checkpoint.write(tmp_path, model, None, {"tokens": 0})
-    assert not (tmp_path / "optimizer").exists()
+    checkpoint.write(tmp_path, model, adamw, {"tokens": 0})
+    shutil.rmtree(tmp_path / "optimizer")
     other = build(model.semantic, seed=1)
     checkpoint.load_weights(tmp_path, other)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -75,20 +74,3 @@ def test_the_weights_of_another_model_are_refused(tmp_path):
 def test_tied_embeddings_are_stored_once():
     model, _ = small()
     assert checkpoint.weight_tensors(model).keys() == dict(model.named_parameters()).keys()
-
-
-def test_a_state_of_1_3_million_parameters_is_written_in_under_0_3_seconds(tmp_path):
-    arch = {
-        "pattern": "4*(a d)", "width": 128, "tie_embeddings": True, "norm": runs.NORM,
-        "blocks": {"a": {"heads": 4}, "d": {"width": 341}},
-    }  # fmt: skip
-    model = build(resolve_model(arch, 4096), seed=0)
-    adamw = optimizer.build(model, OPTIM, decayed(model))
-    seconds = []
-    with _machine(threads=1, deterministic=True):
-        for n in range(3):
-            (tmp_path / str(n)).mkdir()
-            start = time.perf_counter()
-            checkpoint.write(tmp_path / str(n), model, adamw, {})
-            seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3, seconds

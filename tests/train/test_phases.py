@@ -82,7 +82,7 @@ def test_arms_share_the_pretraining_and_nothing_more():
         "parallelism.threads=2",
         "kernels=torch",
         "checkpoint.every_seconds=1",
-        "checkpoint.ladder=true",
+        "checkpoint.keep.ladder=true",
         "logger=wandb",
         "store=elsewhere",
         "eval.batch_size=3",

@@ -14,7 +14,8 @@ import pytest
 import zexp
 from tests.train import runs
 from tests.train.runs import STEP, chain, differing, tensors, train
-from zexp.train import loop
+from zexp.store import files, retention
+from zexp.train import checkpoint, loop
 
 REPOSITORY = Path(zexp.__file__).parent.parent
 
@@ -141,3 +142,49 @@ def damage(file: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
+
+
+def test_a_dropped_optimizer_is_made_again_to_the_bit_and_put_back(tiny_store, tiny_corpus):
+    whole = chain(tiny_corpus, 4, arch="zamba2", schedule=runs.wsd(1))
+    runs.train_all(tiny_store, whole)
+    decay = whole.segments[-1]
+    folder = tiny_store.folder("trajectory", decay.id)
+    before = tensors(tiny_store, decay)
+    manifest = (folder.path / f"states/{decay.to}/manifest.json").read_bytes()
+    assert retention.drop_optimizer(folder, decay.to)
+    state = folder.state(decay.to)
+    assert folder.trainable(decay.to) is None and not (state / "optimizer").exists()
+    folder.verify(state)
+    assert checkpoint.load_model(tiny_store, decay.id, decay.to), "it can still be scored"
+    assert train(tiny_store, decay) == "done" and folder.trainable(decay.to) is None, "the weights are all it has to have"
+    assert train(tiny_store, decay, optimizer=True) == "done"
+    assert folder.trainable(decay.to) == state
+    assert differing(tensors(tiny_store, decay), before) == []
+    assert (state / "manifest.json").read_bytes() == manifest
+    folder.verify(state)
+
+
+def test_weights_of_other_bits_are_set_aside_when_the_optimizer_is_made_again(tiny_store, tiny_corpus):
+    (segment,) = chain(tiny_corpus, 3).segments
+    train(tiny_store, segment, threads=1)
+    folder = tiny_store.folder("trajectory", segment.id)
+    retention.drop_optimizer(folder, segment.to)
+    # As if it came from another machine: other weights, with checksums of their own.
+    state = folder.state(segment.to)
+    facts = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps(facts | {"fingerprint_details": {}}))
+    (state / "manifest.json").write_text('{"droppable": ["optimizer"]}')
+    files.write_manifest(state)
+    assert train(tiny_store, segment, optimizer=True) == "done"
+    assert folder.trainable(segment.to)
+    assert list(folder.last_attempt().path.glob("damaged-*")), "the other one is there to be looked at"
+
+
+def test_an_optimizer_that_a_study_forks_is_not_dropped(tiny_store, tiny_corpus):
+    (segment,) = chain(tiny_corpus, 2).segments
+    train(tiny_store, segment)
+    folder = tiny_store.folder("trajectory", segment.id)
+    folder.pin(segment.to, optimizer=True)
+    assert folder.pins() == [segment.to]
+    assert not retention.drop_optimizer(folder, segment.to)
+    assert folder.trainable(segment.to)

@@ -188,12 +188,20 @@ class Logger:
 
 
 @dataclass(kw_only=True)
+class Keep:
+    """Which states stay, beside every fork point, trunk end and end that a study names."""
+
+    rolling: int = execution(2)  # newest states that are only there to resume from
+    ladder: bool = execution(True)  # also 1, 2, 5 · 10^k steps and each 10 % of the target
+    ends: str = execution("weights")  # what stays of an end that nobody forks, once it is scored: weights | all
+
+
+@dataclass(kw_only=True)
 class Checkpoint:
-    """Which states are kept, beside every fork point, trunk end and end that a study names."""
+    """When states are written and which stay."""
 
     every_seconds: float = execution(120.0)  # between rolling states, for resuming
-    rolling: int = execution(2)  # how many of them stay
-    ladder: bool = execution(True)  # also 1, 2, 5 · 10^k steps and each 10 % of the target
+    keep: Keep = execution(factory=Keep)
 
 
 @dataclass(kw_only=True)
@@ -260,5 +268,5 @@ def schemas() -> list[type]:
     """Every dataclass of the schema, for the test that each field is declared."""
     return [
         Norm, Arch, Source, MixSource, Mix, Tokenizer, Packing, Corpus, Schedule, Phase, Replay, Anneal, Optim,
-        Parallelism, Kernels, Eval, Logger, Checkpoint, Execution, Seeds, Study, Run,
+        Parallelism, Kernels, Eval, Logger, Keep, Checkpoint, Execution, Seeds, Study, Run,
     ]  # fmt: skip

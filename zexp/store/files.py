@@ -100,6 +100,7 @@ def write_manifest(folder: Path, **extra: Any) -> None:
 def verify_manifest(folder: Path, *, contents: bool = True) -> None:
     """Compare a published folder with its manifest. contents=False looks at names and sizes only.
 
+    The folders that the manifest lists under "droppable" may be missing, but only as a whole.
     Raises StoreError naming every file that is missing, truncated or altered, or the manifest itself.
     """
     path = folder / MANIFEST
@@ -109,8 +110,11 @@ def verify_manifest(folder: Path, *, contents: bool = True) -> None:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
         raise StoreError(f"{path} has no 'files': it is not a manifest that the store wrote.")
+    dropped = [part for part in manifest.get("droppable", []) if not (folder / part).exists()]
     problems = []
     for name, expected in files.items():
+        if name.split("/", 1)[0] in dropped:
+            continue
         file = folder / name
         if not file.is_file():
             problems.append(f"{file} is missing")

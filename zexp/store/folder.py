@@ -26,6 +26,7 @@ from zexp.store.errors import StoreError
 from zexp.store.ids import SHORT, canonical_json, semantic_id, short
 
 KINDS = ("tokenizer", "corpus", "packing", "tasks", "trajectory", "eval")
+OPTIMIZER = "optimizer"  # the part of a state that only training reads; it may be dropped
 _NUMBER = re.compile(r"0|[1-9]\d*")
 
 
@@ -171,6 +172,11 @@ class StageFolder:
         """The published state at a token count, or None."""
         return _published(self.path / "states" / str(tokens))
 
+    def trainable(self, tokens: int) -> Path | None:
+        """The published state at a token count if training can go on from it: its optimizer part is there."""
+        state = self.state(tokens)
+        return state if state is not None and (state / OPTIMIZER).is_dir() else None
+
     def states(self) -> list[int]:
         """The token counts of all published states, ascending."""
         try:
@@ -187,11 +193,17 @@ class StageFolder:
             return None
         return value
 
-    def pin(self, tokens: int) -> None:
-        """Keep the state at this token count, there or to come: some study forks or scores it."""
+    def pin(self, tokens: int, *, optimizer: bool = False) -> None:
+        """Keep the state at this token count, there or to come: some study scores it. optimizer: some study forks it."""
         pins = self.path / "pins"
         pins.mkdir(parents=True, exist_ok=True)
         (pins / str(tokens)).touch()
+        if optimizer:
+            (pins / f"{tokens}.{OPTIMIZER}").touch()
+
+    def keeps_optimizer(self, tokens: int) -> bool:
+        """True if some study forks the state at this token count."""
+        return (self.path / "pins" / f"{tokens}.{OPTIMIZER}").exists()
 
     def pins(self) -> list[int]:
         try:

@@ -1,7 +1,8 @@
 """Which states of a trajectory stay on disk.
 
 A rolling state (published with rolling=True) is there to resume from. The newest two stay, and those that
-somebody named or pinned since; every other state was asked for when it was made and is never touched here.
+somebody named or pinned since; every other state was asked for when it was made and stays. Of a state that is only
+scored the optimizer part, two thirds of its bytes, may be dropped; a fork of it replays from an earlier state.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection
+from pathlib import Path
 
 from zexp.store import files
 from zexp.store.attempt import Attempt
-from zexp.store.folder import StageFolder
+from zexp.store.folder import OPTIMIZER, StageFolder
 
 
 def superfluous(rolling: Collection[int], named: Collection[int], *, newest: int = 2) -> list[int]:
@@ -44,13 +46,38 @@ def prune(attempt: Attempt, keep: Collection[int], *, newest: int = 2) -> list[i
     """
     folder = attempt.folder
     gone = superfluous(rolling_states(folder), {*keep, *folder.pins()}, newest=newest)
-    trash = folder.path / "trash"
     for tokens in gone:
         attempt.check(fresh=True)
-        trash.mkdir(exist_ok=True)
-        # Renamed first: killed at any instant, a state is whole in its place or not there.
-        os.rename(folder.path / "states" / str(tokens), trash / f"{tokens}-{secrets.token_hex(4)}")
+        _to_trash(folder, folder.path / "states" / str(tokens))
     if gone:
         files.sync_folder(folder.path / "states")
-    shutil.rmtree(trash, ignore_errors=True)  # also what a killed one left; what stays, the next call deletes
+    _empty_trash(folder)
     return gone
+
+
+def drop_optimizer(folder: StageFolder, tokens: int) -> bool:
+    """Make a state weights-only, unless some study forks it. True if that was done now.
+
+    Needs no lease: one rename, of something that nobody reads, since who trains from it has said so by a pin.
+    """
+    state = folder.trainable(tokens)
+    if state is None or folder.keeps_optimizer(tokens):
+        return False
+    try:
+        _to_trash(folder, state / OPTIMIZER)
+    except FileNotFoundError:  # another process did the same
+        return False
+    files.sync_folder(state)
+    _empty_trash(folder)
+    return True
+
+
+def _to_trash(folder: StageFolder, path: Path) -> None:
+    # Renamed first: killed at any instant, it is whole in its place or not there.
+    trash = folder.path / "trash"
+    trash.mkdir(exist_ok=True)
+    os.rename(path, trash / f"{path.name}-{secrets.token_hex(4)}")
+
+
+def _empty_trash(folder: StageFolder) -> None:
+    shutil.rmtree(folder.path / "trash", ignore_errors=True)  # also what a killed one left; what stays, the next deletes

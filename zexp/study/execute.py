@@ -7,17 +7,21 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from zexp.config.errors import ConfigError
+from zexp.store import retention
 from zexp.store.folder import Store
 from zexp.study import plan as plans
 from zexp.study import record
 from zexp.study.resolve import Composed, Resolver, Variant
 from zexp.study.variants import study_name
+
+if TYPE_CHECKING:
+    from zexp.study.launch.base import LauncherOptions
 
 __all__ = ["Acted", "Composed", "Request", "act", "completed", "planned"]
 
@@ -53,11 +57,14 @@ class StageFailed(RuntimeError):
 def act(composed: list[Composed], request: Request) -> Acted:
     """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong."""
     plan, study, store, variants = planned(composed, request)
+    options = _options(request) if plan.to_do else None
     change = record.record(study["name"], study, plan, store)
     line = change.line(study["name"])
     if line is not None:
         print(line)
-    outcomes = _run(plan, store, request) if plan.to_do else {}
+    _create(plan, store)
+    outcomes = _run(plan, store, options) if options is not None else {}
+    _drop_optimizers(plan, store)
     return Acted(_job_returns(composed, variants, plan, study, store), plan, study, store, outcomes)
 
 
@@ -119,22 +126,45 @@ def _open_ended(variants: list[Variant]) -> set[str]:
     return {e.task for v in variants for e in v.evals if e.metrics is None}
 
 
-def _run(plan: plans.Plan, store: Store, request: Request) -> dict[str, Any]:
-    """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
-    from zexp.store.provenance import provenance
-    from zexp.study.dispatch import options_of, run_stages
+def _create(plan: plans.Plan, store: Store) -> None:
+    """The folders of what is to do, and pins: what this study forks or scores is kept, whoever trains it."""
+    if plan.to_do:
+        from zexp.store.provenance import provenance
 
-    options = options_of(request.launcher)
-    facts = provenance()
-    for stage in plan.to_do:
-        kind = "trajectory" if stage.kind == "segment" else stage.kind
-        store.folder(kind, stage.full_id).create(stage.semantic, facts)
-    for stage in plan.stages.values():  # fork points and ends that this study names are kept, whoever trains them
+        facts = provenance()
+        for stage in plan.to_do:
+            kind = "trajectory" if stage.kind == "segment" else stage.kind
+            store.folder(kind, stage.full_id).create(stage.semantic, facts)
+    forked = plan.forked()
+    for stage in plan.stages.values():
         if stage.kind == "segment":
             folder = store.folder("trajectory", stage.full_id)
             if folder.path.exists():
                 assert stage.to is not None
-                folder.pin(stage.to)
+                folder.pin(stage.to, optimizer=stage.id in forked)
+
+
+def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
+    """checkpoint.keep.ends=weights: of an end that is scored and that no study forks, the weights stay."""
+    for stage in plan.scored_ends():
+        wanted = [v.run.checkpoint.keep.ends for v in plan.variants if v.name in stage.variants]
+        evals = [one for one in plan.stages.values() if one.kind == "eval" and one.parents[0] == stage.id]
+        if "all" not in wanted and all(store.folder("eval", one.full_id).result is not None for one in evals):
+            assert stage.to is not None
+            retention.drop_optimizer(store.folder("trajectory", stage.full_id), stage.to)
+
+
+def _options(request: Request) -> LauncherOptions:
+    """The launcher's options, checked before anything is written."""
+    from zexp.study.dispatch import options_of
+
+    return options_of(request.launcher)
+
+
+def _run(plan: plans.Plan, store: Store, options: LauncherOptions) -> dict[str, Any]:
+    """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
+    from zexp.study.dispatch import run_stages
+
     outcomes: dict[str, Any] = {}
     data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS]
     rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]

@@ -28,7 +28,7 @@ class Stage:
     """One node of the plan.
 
     id: what dependants name; folder: relative to the store; start, to, tokens: of a segment, absolute and trained here;
-    cached: done already; needed: something that is not done asks for it; resume_from: the nearest kept state of a
+    cached: done already; weights_only: a segment's state is there without its optimizer, so nothing can fork from it; needed: something that is not done asks for it; resume_from: the nearest kept state of a
     segment that is not done, from which the rest is trained.
     """
 
@@ -43,6 +43,7 @@ class Stage:
     to: int | None = None
     tokens: int = 0
     cached: bool = False
+    weights_only: bool = False
     variants: list[str] = field(default_factory=list)
     request: dict[str, Any] = field(default_factory=dict)
     flops_per_token: float = 0.0
@@ -116,6 +117,22 @@ class Plan:
             "shared": sum(stage.tokens * stage.flops_per_token for stage in segments),
             "unshared": sum(v.chain.tokens * v.flops_per_token["train"] for v in self.variants),
         }
+
+    def goes_on(self, stage: Stage, parent: str) -> bool:
+        """True if `stage` is trained from the state of `parent` and reads its optimizer."""
+        before = self.stages[parent]
+        if stage.kind != "segment" or before.kind != "segment":
+            return False
+        return before.full_id == stage.full_id or stage.semantic["optimizer_state"] == "carry"
+
+    def forked(self) -> set[str]:
+        """The segment stages whose state is trained on from, optimizer and all."""
+        return {parent for stage in self.stages.values() for parent in stage.parents if self.goes_on(stage, parent)}
+
+    def scored_ends(self) -> list[Stage]:
+        """Segment stages that nothing in this plan goes on from, and that only evaluations read."""
+        scored = {stage.parents[0] for stage in self.stages.values() if stage.kind == "eval"}
+        return [self.stages[id] for id in scored - self.forked()]
 
     def disk_bytes(self) -> int:
         """Upper estimate of what the stages to do will write and keep: states with optimizer, corpora, packings."""
@@ -267,7 +284,7 @@ def _segment_stage(
 ) -> Stage:
     run = variant.run
     keep = set(cuts[segment.id]) | (
-        ladder(segment.start, cut, segment.semantic["batch"][-1]["tokens"]) if run.checkpoint.ladder else set()
+        ladder(segment.start, cut, segment.semantic["batch"][-1]["tokens"]) if run.checkpoint.keep.ladder else set()
     )
     label = segment.phase if segment.phase == "anneal" else f"{segment.phase}{'' if segment.is_open else ' decay'}"
     name = variant.row if segment.phase == "anneal" else variant.arch
@@ -284,6 +301,7 @@ def _segment_stage(
         tokens=cut - begin,
         request={
             "to": cut,
+            "optimizer": False,
             "keep": sorted(keep),
             "micro_batch": run.execution.micro_batch,
             "threads": run.parallelism.threads,
@@ -291,7 +309,7 @@ def _segment_stage(
             "kernels": run.kernels.backend,
             "deterministic": run.execution.deterministic,
             "log_every": run.execution.log_every,
-            "checkpoint": {"every_seconds": run.checkpoint.every_seconds, "rolling": run.checkpoint.rolling},
+            "checkpoint": {"every_seconds": run.checkpoint.every_seconds, "rolling": run.checkpoint.keep.rolling},
             "logger": {
                 "kind": run.logger.kind,
                 "project": run.logger.project,
@@ -383,8 +401,9 @@ def _mark_cached(stages: dict[str, Stage], store: Store) -> None:
         if stage.kind == "segment":
             assert stage.to is not None
             stage.cached = folder.state(stage.to) is not None
-            earlier = [tokens for tokens in folder.states() if (stage.start or 0) < tokens < stage.to]
-            stage.resume_from = max(earlier) if earlier and not stage.cached else None
+            stage.weights_only = stage.cached and folder.trainable(stage.to) is None
+            earlier = [t for t in folder.states() if (stage.start or 0) < t < stage.to and folder.trainable(t)]
+            stage.resume_from = max(earlier) if earlier and (not stage.cached or stage.weights_only) else None
             found = folder.diverged()
             if not stage.cached and found is not None and found["tokens"] <= stage.to:
                 stage.diverged = found
@@ -403,16 +422,19 @@ def _mark_needed(plan: Plan) -> None:
     """Pull from the ends: what is asked for and not done is needed, and so are its parents.
 
     A variant with evaluations asks for them (its state may be gone once it is scored), one without for its end.
+    Training goes on from states with an optimizer: a weights-only one is made again for it.
     """
 
-    def need(id: str) -> None:
+    def need(id: str, with_optimizer: bool = False) -> None:
         stage = plan.stages[id]
+        if stage.weights_only and with_optimizer:
+            stage.cached, stage.request["optimizer"] = False, True
         if stage.cached or stage.needed:
             return
         stage.needed = True
         if stage.resume_from is None:
             for parent in stage.parents:
-                need(parent)
+                need(parent, with_optimizer=plan.goes_on(stage, parent))
 
     for variant in plan.variants:
         wanted = [*plan.evals[variant.name].values(), *plan.pretrained_evals[variant.name].values()]

@@ -383,8 +383,12 @@ def _check_execution(run: Run, problems: Problems) -> None:
         problems.add(f"parallelism.threads = {run.parallelism.threads} must be above 0.")
     if run.execution.log_every <= 0:
         problems.add(f"execution.log_every = {run.execution.log_every} must be above 0.")
-    if run.checkpoint.rolling < 1:
-        problems.add(f"checkpoint.rolling = {run.checkpoint.rolling} must be 1 or more: a killed stage resumes from it.")
+    if run.checkpoint.keep.rolling < 1:
+        problems.add(f"checkpoint.keep.rolling = {run.checkpoint.keep.rolling} must be 1 or more: a killed stage resumes from it.")
+    if run.checkpoint.keep.ends not in ("weights", "all"):
+        problems.add(f"checkpoint.keep.ends = {run.checkpoint.keep.ends!r}; it is weights or all.")
+    if not run.checkpoint.every_seconds > 0:
+        problems.add(f"checkpoint.every_seconds = {run.checkpoint.every_seconds} must be above 0.")
     if run.execution.device not in ("auto", "cpu", "cuda"):
         problems.add(f"execution.device = {run.execution.device!r}; it is auto, cpu or cuda.")
     if run.logger.kind not in ("jsonl", "wandb"):

@@ -75,7 +75,8 @@ def stage_folder(store: Store, request: Mapping[str, Any]) -> StageFolder:
 def is_done(folder: StageFolder, request: Mapping[str, Any]) -> bool:
     """The only truth about completion: what the stage makes is in its place."""
     if request["kind"] == "segment":
-        return folder.state(int(request["to"])) is not None
+        to = int(request["to"])
+        return (folder.trainable(to) if request.get("optimizer") else folder.state(to)) is not None
     return folder.result is not None
 
 

@@ -1,7 +1,7 @@
 """States on disk: what a training is at a token count, and how it is written and read.
 
     states/<tokens>/weights/      safetensors, written and read by torch.distributed.checkpoint
-                    optimizer/    the same; absent in a weights-only state
+                    optimizer/    the same; absent in a weights-only state (retention dropped it)
                     state.json    everything else (see loop.py)
                     manifest.json sizes and checksums, written by the store when it publishes the folder
 
@@ -25,23 +25,23 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zexp.model.build import LanguageModel, build
 from zexp.store.errors import StoreError
-from zexp.store.files import read_json, write_json
-from zexp.store.folder import Store
+from zexp.store.files import MANIFEST, read_json, write_json
+from zexp.store.folder import OPTIMIZER, Store
 from zexp.train import optimizer as optimizers
 from zexp.train.chain import chain
 
 # It tells whatever logging is set up about every tensor, at DEBUG, whatever the level of the root logger.
 _dcp_logger.setLevel(logging.WARNING)
 
-WEIGHTS, OPTIMIZER, FACTS = "weights", "optimizer", "state.json"
+WEIGHTS, FACTS = "weights", "state.json"
 
 
-def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, facts: Mapping[str, Any]) -> None:
-    """Fill an existing, empty folder with a state. optimizer: None makes it weights-only. facts: JSON."""
+def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
+    """Fill an existing, empty folder with a state. facts: JSON."""
     _save(folder / WEIGHTS, weight_tensors(model))
-    if optimizer is not None:
-        _save(folder / OPTIMIZER, optimizers.state_tensors(model, optimizer))
+    _save(folder / OPTIMIZER, optimizers.state_tensors(model, optimizer))
     write_json(folder / FACTS, dict(facts))
+    write_json(folder / MANIFEST, {"droppable": [OPTIMIZER]})
 
 
 def read_facts(state: Path) -> dict[str, Any]:

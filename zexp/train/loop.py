@@ -20,7 +20,7 @@ import torch._dynamo  # by torch.optim and meta tensors at their first use, 1.4 
 from zexp.store import retention
 from zexp.store.attempt import Attempt
 from zexp.store.errors import StoreError
-from zexp.store.folder import StageFolder, Store
+from zexp.store.folder import OPTIMIZER, StageFolder, Store
 from zexp.store.ids import short
 from zexp.train import checkpoint, fingerprint, optimizer, schedule
 from zexp.train.batches import Batches
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: Attempt) -> str:
     """Train a segment up to request["to"] (absolute tokens). "done", "diverged" or "interrupted".
 
-    request: to, keep, micro_batch, threads, device, kernels, deterministic, log_every, checkpoint {every_seconds,
+    request: to, optimizer (whether the state there must be one to train on from), keep, micro_batch, threads, device, kernels, deterministic, log_every, checkpoint {every_seconds,
     rolling}, logger, retry_diverged, divergence {margin, steps}.
     """
     target = int(request["to"])
@@ -57,7 +57,7 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
     root = segments[0].semantic
     config = {"trajectory": folder.id, "segment": segment, "model": root["model"], "request": dict(request)}
     with _logging_to(attempt.log), _machine(request["threads"], request["deterministic"]), StopFlag() as stop:
-        if _is_there(folder, target, attempt):
+        if _is_there(folder, target, attempt, request["optimizer"]):
             return "done"
         batches = Batches(store, segments, device)
         training = begin(store, segments, batches.stream, target, attempt, request["kernels"], device)
@@ -159,14 +159,26 @@ class _Loop:
 
     def _save(self, rolling: bool) -> None:
         tokens = self.training.tokens
+        folder = self.attempt.folder
         # A state at the segment's own start is its parent's.
-        if tokens > start_tokens(self.segment) and self.attempt.folder.state(tokens) is None:
+        if tokens > start_tokens(self.segment) and folder.trainable(tokens) is None:
             scratch = self.attempt.scratch(f"state-{tokens}")
             facts = self.training.facts(self.batches.stream)
             checkpoint.write(scratch, self.training.model, self.training.optimizer, facts)
-            self.attempt.publish(scratch, f"states/{tokens}", rolling=rolling)
+            self._publish(scratch, tokens, rolling)
             retention.prune(self.attempt, self.wanted, newest=self.request["checkpoint"]["rolling"])
         self.saved_at = time.monotonic()
+
+
+    def _publish(self, scratch: Path, tokens: int, rolling: bool) -> None:
+        """The state in its place. One that had lost its optimizer gets it back if it was made again to the bit."""
+        target = f"states/{tokens}"
+        if self.attempt.folder.state(tokens) is not None:
+            if rolling or self.attempt.attach(scratch, target, OPTIMIZER):
+                return
+            log.warning("The weights-only state at %d tokens has other bits than the one made now; it is set aside.", tokens)
+            self.attempt.set_aside(target)
+        self.attempt.publish(scratch, target, rolling=rolling)
 
 
 class _Pace:
@@ -183,9 +195,9 @@ class _Pace:
         return (tokens - before) / max(now - since, 1e-9)
 
 
-def _is_there(folder: StageFolder, target: int, attempt: Attempt) -> bool:
+def _is_there(folder: StageFolder, target: int, attempt: Attempt, with_optimizer: bool) -> bool:
     """True if the state at `target` is in place and whole; a damaged one is set aside."""
-    state = folder.state(target)
+    state = folder.trainable(target) if with_optimizer else folder.state(target)
     if state is None:
         return False
     try:

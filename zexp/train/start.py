@@ -89,7 +89,7 @@ def _newest_good(attempt: Attempt, target: int) -> Path | None:
     for tokens in reversed([tokens for tokens in folder.states() if tokens <= target]):
         state = folder.state(tokens)
         assert state is not None
-        if not (state / checkpoint.OPTIMIZER).is_dir():
+        if folder.trainable(tokens) is None:
             log.info("The state at %d tokens has weights only: resuming before it.", tokens)
             continue
         try:

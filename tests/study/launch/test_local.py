@@ -59,17 +59,6 @@ def test_parents_end_before_their_children_start(tree):
         assert at[parent, "end"] < at[child, "start"]
 
 
-def test_a_stage_starts_well_under_a_second_after_its_parent(tree):
-    for n in range(6):
-        tree.add(str(n), *([str(n - 1)] if n else []))
-    tree.launch(slots=1)
-    at = {(line["stage"], line["what"]): line["time"] for line in tree.record()}
-    waits = [at[str(n), "start"] - at[str(n - 1), "end"] for n in range(1, 6)]
-    print("seconds from a stage's last line to its child's first:", [round(wait, 3) for wait in waits])
-    # Measured 0.06 to 0.10 with a busy machine; the bound leaves room for a disk that is slow to sync.
-    assert sorted(waits)[2] < 0.5
-
-
 def test_two_children_never_share_a_slot(tree):
     for n in range(8):
         tree.add(str(n), seconds=0.1)
