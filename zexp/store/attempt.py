@@ -128,24 +128,19 @@ class Attempt:
         shutil.rmtree(scratch)
         return False
 
-    def attach(self, scratch: Path, target: str, part: str) -> bool:
-        """Put a droppable part that was made again back into a published folder. False if it does not belong there.
-
-        It belongs there if every file of scratch (the whole folder, made again) has the published manifest's checksum.
-        Raises LeaseLost.
-        """
+    def attach(self, scratch: Path, target: str, part: str) -> None:
+        """Put a dropped part, made again in scratch, back into a published folder. Raises LeaseLost."""
         self._require(target)
         to = self.folder.path / target
-        made, known = files.checksums(scratch), files.read_json(to / files.MANIFEST)["files"]
-        if made != known:
-            return False
-        if not (to / part).exists():
-            files.sync_tree(scratch / part)
-            self._lease.check(fresh=True)
-            os.rename(scratch / part, to / part)
-            files.sync_folder(to)
+        known = files.read_json(to / files.MANIFEST)
+        made = {f"{part}/{name}": facts for name, facts in files.checksums(scratch / part).items()}
+        known["files"] = {name: facts for name, facts in known["files"].items() if not name.startswith(f"{part}/")} | made
+        files.sync_tree(scratch / part)
+        self._lease.check(fresh=True)
+        files.write_json(to / files.MANIFEST, known)  # first: as long as the part is not there, nobody reads its checksums
+        os.rename(scratch / part, to / part)
+        files.sync_folder(to)
         shutil.rmtree(scratch)
-        return True
 
     def set_aside(self, target: str) -> None:
         """Take a published folder that failed verification out of its place, so that it can be made again.

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.logger import _dcp_logger
@@ -48,6 +49,18 @@ def read_facts(state: Path) -> dict[str, Any]:
     """The contents of state.json."""
     facts: dict[str, Any] = read_json(state / FACTS)
     return facts
+
+
+def same(one: Path, other: Path) -> bool:
+    """True if two states have the same facts and weights, bit for bit. (The files' bytes may differ: safetensors writes
+    its header in any order.)"""
+    if read_facts(one) != read_facts(other):
+        return False
+    bits = [
+        {name: tensor.numpy().tobytes() for file in (state / WEIGHTS).glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for state in (one, other)
+    ]
+    return bits[0] == bits[1]
 
 
 def load_weights(state: Path, model: nn.Module) -> None:

@@ -174,7 +174,10 @@ class _Loop:
         """The state in its place. One that had lost its optimizer gets it back if it was made again to the bit."""
         target = f"states/{tokens}"
         if self.attempt.folder.state(tokens) is not None:
-            if rolling or self.attempt.attach(scratch, target, OPTIMIZER):
+            if rolling:
+                return
+            if checkpoint.same(scratch, self.attempt.folder.path / target):
+                self.attempt.attach(scratch, target, OPTIMIZER)
                 return
             log.warning("The weights-only state at %d tokens has other bits than the one made now; it is set aside.", tokens)
             self.attempt.set_aside(target)
