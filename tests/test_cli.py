@@ -120,3 +120,19 @@ def test_a_scored_end_keeps_its_weights_alone_and_a_later_fork_of_it_replays_the
     assert parts() == {7168: ["optimizer", "weights"], 8192: ["optimizer", "weights"], 10240: ["weights"]}
     again = zexp("run", *anneal, *words, cwd=folder)
     assert "Nothing to train" in again.stdout
+
+
+def test_wandb_without_a_key_gets_curves_and_scores_offline_and_says_how_to_send_them(tmp_path):
+    assert zexp("init", "mine", cwd=tmp_path).returncode == 0
+    folder = tmp_path / "mine"
+    keys = {key: "" for key in os.environ if key.startswith("WANDB_")} | {"NETRC": str(tmp_path / "none")}
+    words = ["arch=mine", "corpus=mine", "mix=mine", "eval=bpb", "seq_len=128", "phases.pretrain.tokens=4K",
+             "phases.pretrain.batch_tokens=1024", "schedule.warmup_tokens=1K", "anneal=none", "logger=wandb"]  # fmt: skip
+    done = zexp("run", *words, cwd=folder, **keys)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wandb: 3 runs were written offline" in done.stdout and "wandb sync " in done.stdout
+    runs = [run.name.split("-")[-1] for run in folder.glob("store/*/*/attempts/*/wandb/offline-run-*")]
+    decay = next(path.parent.parent.name for path in folder.glob("store/trajectory/*/states/4096"))
+    assert runs.count(decay) == 2, "the decay's curves and the score of its end are one run"
+    (scored,) = folder.glob("store/eval/*/attempts/*/wandb/offline-run-*/*.wandb")
+    assert b"bpb_mine/bits_per_byte" in scored.read_bytes()

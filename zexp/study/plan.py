@@ -310,17 +310,18 @@ def _segment_stage(
             "deterministic": run.execution.deterministic,
             "log_every": run.execution.log_every,
             "checkpoint": {"every_seconds": run.checkpoint.every_seconds, "rolling": run.checkpoint.keep.rolling},
-            "logger": {
-                "kind": run.logger.kind,
-                "project": run.logger.project,
-                "entity": run.logger.entity,
-                "name": f"{name} {label}",
-            },
+            "logger": _logger(variant, f"{name} {label}"),
             "retry_diverged": run.execution.retry_diverged,
         },
         flops_per_token=variant.flops_per_token["train"],
         parameters=variant.parameters["total"],
     )
+
+
+def _logger(variant: Variant, name: str) -> dict[str, Any]:
+    """name: what a person reads of the run; its id is the trajectory's."""
+    logger = variant.run.logger
+    return {"kind": logger.kind, "project": logger.project, "entity": logger.entity, "name": name}
 
 
 def ladder(start: int, to: int, step: int) -> set[int]:
@@ -365,6 +366,7 @@ def _eval_stage(id: str, one: EvalStage, segment: Segment, variant: Variant) -> 
             "kernels": run.kernels.backend,
             "deterministic": run.execution.deterministic,
             "eval": {"batch_size": run.eval.batch_size, **one.request},
+            "logger": _logger(variant, name),
         },
         flops_per_token=variant.flops_per_token["forward"],
     )

@@ -45,7 +45,7 @@ class WandbCurves:
             project=options.get("project"),
             entity=options.get("entity"),
             id=run_id,
-            name=run_id,
+            name=options.get("name") or run_id,
             # Offline runs cannot look a run up; `wandb sync` joins those of one id.
             resume="allow" if self._mode == "online" else None,
             config=dict(config),
@@ -74,7 +74,7 @@ class WandbCurves:
 
 
 def open_curves(options: Mapping[str, Any] | None, run_id: str, config: Mapping[str, Any], directory: Path) -> Curves:
-    """options: the request's `logger` block {kind: jsonl | wandb, project, entity}; null = jsonl.
+    """options: the request's `logger` block {kind: jsonl | wandb, project, entity, name}; null = jsonl.
     directory: an existing folder of this attempt, for what the logger leaves on disk."""
     kind = (options or {}).get("kind", "jsonl")
     if kind == "jsonl":
@@ -94,7 +94,7 @@ def send_scores(options: Mapping[str, Any] | None, run_id: str, scores: Mapping[
 
 
 def offline_runs(attempts: Path) -> list[Path]:
-    """The runs below a trajectory's attempts/ that were written offline and not sent yet: arguments of `wandb sync`."""
+    """The runs below a stage's attempts/ that were written offline and not sent yet: arguments of `wandb sync`."""
     found = sorted(attempts.glob("*/wandb/offline-run-*"))
     return [run for run in found if not list(run.glob("*.wandb.synced"))]  # the mark that `wandb sync` leaves
 
