@@ -21,6 +21,13 @@ def cell(cell: Cell, plus_minus: str = "±") -> str:
     return score(cell.mean) if width is None else f"{score(cell.mean)} {plus_minus} {score(width)}"
 
 
+def short_cell(cell: Cell) -> str:
+    """The same with a digit less, for a terminal."""
+    width = half(cell)
+    digits = 3 if abs(cell.mean) < 10 else 2
+    return f"{cell.mean:.{digits}f}" + ("" if width is None else f" ±{width:.{digits}f}")
+
+
 def seeds(cell: Cell) -> str:
     """`n=3`; with one seed, whether the interval is over its items."""
     return f"n={cell.n}" + (", items" if cell.interval == "items" else "")

@@ -62,6 +62,8 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
         batches = Batches(store, segments, device)
         training = begin(store, segments, batches.stream, target, attempt, request["kernels"], device)
         details = fingerprint.fingerprint(root["model"], request, device)
+        log.info("Training from %d to %d tokens on %s, threads: %d.", training.tokens, target, device, request["threads"])
+        log.info("Fingerprint %s: %s", fingerprint.name_of(details), details)
         curves = open_curves(request.get("logger"), short(folder.id), config, attempt.path)
         try:
             return _Loop(segment, request, attempt, training, batches, wanted, details, curves).train(target, stop)
@@ -173,6 +175,7 @@ class _Loop:
     def _publish(self, scratch: Path, tokens: int, rolling: bool) -> None:
         """The state in its place. One that had lost its optimizer gets it back if it was made again to the bit."""
         target = f"states/{tokens}"
+        log.info("Step %d: state at %d tokens%s.", self.training.step, tokens, ", to resume from" if rolling else "")
         if self.attempt.folder.state(tokens) is not None:
             if rolling:
                 return
