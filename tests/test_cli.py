@@ -26,8 +26,12 @@ def test_the_quickstart_is_three_pretrainings_shared_by_six_anneals(tmp_path):
     assert plan["variants"] == 6
     stages = {stage["id"]: stage for stage in plan["stages"]}
     anneals = [stage for stage in stages.values() if stage["kind"] == "segment" and stage["phase"] == "anneal"]
-    ends = {parent for stage in anneals for parent in stage["parents"]}
+    ends = {parent for stage in anneals for parent in stage["parents"] if stages[parent]["kind"] == "segment"}
     assert len(anneals) == 6
+    packings = {id: {stages[p]["label"] for p in stage["parents"] if stages[p]["kind"] == "packing"} for id, stage in stages.items()}
+    for stage in anneals:
+        mixed = "replay60" in stage["label"]
+        assert packings[stage["id"]] == {"packing base"} | ({"packing high_quality"} if mixed else set())
     assert len(ends) == plan["pretrainings"] == 3
     assert all(stages[end]["phase"] == "pretrain" and stages[end]["to"] == 577_536 for end in ends)
     assert all(sum(end in anneal["parents"] for anneal in anneals) == 2 for end in ends)

@@ -75,6 +75,7 @@ def _completion(words: list[str]) -> list[str]:
 def _guarded(verb: Callable[[], int]) -> int:
     """A wrong request ends with its text and 2; Ctrl-C with 130; a closed pipe quietly."""
     from zexp.config.errors import ConfigError
+    from zexp.store.errors import StoreError
 
     try:
         return verb()
@@ -85,6 +86,9 @@ def _guarded(verb: Callable[[], int]) -> int:
         if many:
             print(f"{len(error.problems)} problems; nothing was started.", file=sys.stderr)
         return 2
+    except StoreError as error:
+        print(f"StoreError: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130

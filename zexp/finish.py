@@ -44,5 +44,6 @@ def finish(acted: Acted, *, seconds: float) -> int:
     if "interrupted" in statuses:
         console.print("Interrupted. The same command goes on from the last states.")
         return 130
-    diverged = any(stage.diverged is not None for stage in the_plan.stages.values())
+    retried = {id for id, outcome in outcomes.items() if outcome.status == "done"}
+    diverged = any(stage.diverged is not None and stage.id not in retried for stage in the_plan.stages.values())
     return 1 if diverged or statuses & {"failed", "diverged", "skipped"} else 0

@@ -74,6 +74,13 @@ def app(task: Any) -> None:
 def _task(config: DictConfig) -> float | None:
     """One composed config, without -m."""
     node = HydraConfig.get()
+    said = [key for key in ("grid", "zip", "arms", "seeds") if config.study[key]]
+    if said:
+        _Verb.refused = ConfigError(
+            f"{', '.join('study.' + key for key in said)} {'names' if len(said) == 1 else 'name'} several variants, but this is a "
+            "single run, which would leave them out. Add -m, or `hydra: {mode: MULTIRUN}` to the study's file."
+        )
+        return None
     composed = Composed(config, dict(node.runtime.choices), {}, list(node.overrides.task))
     try:
         job = act_on([composed], node.launcher)[0]

@@ -35,8 +35,12 @@ class ZexpLauncher(Launcher):
         self.hydra_context = hydra_context
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Variants named by their overrides: what other sweepers (basic, optuna) call."""
-        return self.launch_points([({}, list(overrides)) for overrides in job_overrides], initial_job_idx)
+        """Variants named by those of their overrides that differ: what other sweepers (basic, optuna) call."""
+        made = [_axes_of(overrides) for overrides in job_overrides]
+        fixed = {key for key in made[0] if len({str(axes.get(key)) for axes in made}) == 1} if len(made) > 1 else set()
+        axes = [{key: value for key, value in one.items() if key not in fixed} for one in made]
+        pairs = [(named, list(overrides)) for named, overrides in zip(axes, job_overrides, strict=True)]
+        return self.launch_points(pairs, initial_job_idx)
 
     def launch_points(
         self, points: Sequence[tuple[dict[str, Any], list[str]]], initial_job_idx: int
@@ -55,7 +59,7 @@ class ZexpLauncher(Launcher):
             choices = dict(config.hydra.runtime.choices)
             with open_dict(config):
                 del config["hydra"]
-            composed.append(Composed(config, choices, axes or _axes_of(overrides), list(overrides)))
+            composed.append(Composed(config, choices, axes, list(overrides)))
         return act_on(composed, OmegaConf.create(self.options))
 
 

@@ -29,6 +29,7 @@ class ZexpSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """The results of all points, as Hydra's sweepers return them: a list of batches."""
+        from zexp.config.errors import ConfigError
         from zexp.study.variants import CommandLine, points
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
@@ -38,7 +39,7 @@ class ZexpSweeper(Sweeper):
         for override in parser.parse_overrides(arguments):
             if override.is_sweep_override():
                 if not override.is_discrete_sweep():
-                    raise ValueError(f"{override.input_line}: the zexp sweeper takes lists, ranges and globs of values.")
+                    raise ConfigError(f"{override.input_line}: the zexp sweeper takes lists, ranges and globs of values.")
                 axes[override.get_key_element()] = [str(value) for value in override.sweep_string_iterator()]
             else:
                 assert override.input_line is not None

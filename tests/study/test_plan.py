@@ -187,3 +187,33 @@ def test_a_folder_that_was_altered_is_refused(directory, tmp_path):
     config.write_text(config.read_text().replace("vocab_size: 300", "vocab_size: 301"))
     with pytest.raises(ValueError, match=r"The folder was altered: remove it"):
         planned(directory, (), store=store)
+
+
+def test_the_packings_that_a_segment_reads_are_its_parents_whoever_is_listed_first(directory):
+    for order in (("anneal=control",), ("anneal=replay60",)), (("anneal=replay60",), ("anneal=control",)):
+        plan = planned(directory, *order)
+        read = {
+            s.label: sorted(plan.stages[p].label for p in s.parents if plan.stages[p].kind != "segment")
+            for s in plan.stages.values()
+            if s.kind == "segment"
+        }
+        pure, mixed = ["packing base"], ["packing base", "packing high_quality"]
+        assert sorted(read.values()) == sorted([[*pure, "tokenizer"], pure, pure, mixed])
+
+
+def test_a_folder_whose_making_was_cut_off_counts_as_absent(directory, tmp_path):
+    store = Store(tmp_path / "store")
+    plan = planned(directory, (), store=store)
+    stage = next(s for s in plan.stages.values() if s.kind == "tokenizer")
+    folder = store.folder("tokenizer", stage.full_id)
+    folder.path.mkdir(parents=True)
+    (folder.path / "provenance.json").write_text("{}")
+    assert not planned(directory, (), store=store).stages[stage.id].cached
+    folder.create(stage.semantic, {})
+    assert folder.semantic() == stage.semantic
+
+
+def test_the_optimizer_of_an_open_end_is_never_dropped(directory):
+    plan = planned(directory, ("anneal=none", "schedule=constant", "schedule.warmup_tokens=0"))
+    assert plan.scored_ends() == [], "a longer run goes on from there"
+    assert len(planned(directory, ("anneal=none",)).scored_ends()) == 1

@@ -104,3 +104,24 @@ def test_a_study_without_a_name_is_named_by_its_overrides_and_a_hash():
     assert study_name(EMPTY, ["arch=zamba2_tiny"], "abcdef0123") == "arch=zamba2_tiny-abcdef01"
     with pytest.raises(ConfigError, match="folder name"):
         study_name({**EMPTY, "name": "../up"}, [], "")
+
+
+@pytest.mark.parametrize(
+    ("study", "says"),
+    [
+        ({"grid": {"anneal": ["control", "replay60"]}, "arms": {"x": ["anneal=control"]}}, "the arm 'x' sets it"),
+        ({"zip": {"a.b": [1, 2]}, "arms": {"x": ["a.b=3"]}}, "the arm 'x' sets it"),
+        ({"grid": {"seed": [0, 1]}, "seeds": [5]}, "the seeds of a study are study.seeds"),
+        ({"arms": {"x": ["seed=3"]}, "seeds": [0, 1]}, "the seeds of a study are study.seeds"),
+        ({"seeds": [0, -1]}, "'-1': a seed is a whole number"),
+    ],
+)
+def test_what_would_undo_an_axis_is_refused(study, says):
+    with pytest.raises(ConfigError, match=says):
+        points({**EMPTY, **study}, "tiny", CommandLine(), 0)
+
+
+def test_a_scale_that_is_an_axis_applies_its_own_overrides():
+    study = {**EMPTY, "grid": {"scale": ["tiny", "smoke"]}, "scales": {"smoke": ["anneal.tokens=16K"]}}
+    found = {point.axes["scale"]: point.overrides for point in points(study, "tiny", CommandLine(), 0)}
+    assert "anneal.tokens=16K" in found["smoke"] and "anneal.tokens=16K" not in found["tiny"]

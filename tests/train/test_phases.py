@@ -162,3 +162,16 @@ def test_two_children_of_one_phase_are_no_chain():
     more = "+phases={more: {parent: pretrain, tokens: 40K}}"
     with pytest.raises(ConfigError, match="One variant is one chain"):
         chain(more)
+
+
+def test_a_wsd_that_decays_as_soon_as_it_is_warm_still_has_a_trunk_to_extend():
+    short = chain("anneal=none", "phases.pretrain.tokens=40960", "schedule.warmup_tokens=20480", "schedule.decay=20480")
+    longer = chain("anneal=none", "phases.pretrain.tokens=81920", "schedule.warmup_tokens=20480", "schedule.decay=20480")
+    assert short.segments[0].id == longer.segments[0].id
+    assert [(s.start, s.to) for s in short.segments] == [(0, 20480), (20480, 40960)]
+
+
+def test_a_wsd_that_is_all_decay_is_one_segment():
+    whole = chain("anneal=none", "schedule.warmup_tokens=0", "schedule.decay=100%")
+    assert [piece["shape"] for piece in whole.segments[0].semantic["lr"]] == ["linear"]
+    assert len(whole.segments) == 1

@@ -63,6 +63,8 @@ def act(composed: list[Composed], request: Request) -> Acted:
     if line is not None:
         print(line)
     _create(plan, store)
+    if plans.mark(plan, store):  # another study may have changed the store before our pins stood
+        _create(plan, store)
     outcomes = _run(plan, store, options) if options is not None else {}
     _drop_optimizers(plan, store)
     return Acted(_job_returns(composed, variants, plan, study, store), plan, study, store, outcomes)
@@ -170,8 +172,9 @@ def _run(plan: plans.Plan, store: Store, options: LauncherOptions) -> dict[str, 
     rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]
     if data:
         outcomes |= run_stages(data, store, options)
-        if all(outcome.status == "done" for outcome in outcomes.values()):
-            plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
+        if any(outcome.status == "interrupted" for outcome in outcomes.values()):
+            return outcomes
+        plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
     if rest:
         outcomes |= run_stages(rest, store, options, before=outcomes)
     return outcomes

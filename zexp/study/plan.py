@@ -130,9 +130,13 @@ class Plan:
         return {parent for stage in self.stages.values() for parent in stage.parents if self.goes_on(stage, parent)}
 
     def scored_ends(self) -> list[Stage]:
-        """Segment stages that nothing in this plan goes on from, and that only evaluations read."""
+        """Segment stages that nothing in this plan goes on from, and that only evaluations read.
+
+        Not those of open segments: a longer run goes on from there.
+        """
         scored = {stage.parents[0] for stage in self.stages.values() if stage.kind == "eval"}
-        return [self.stages[id] for id in scored - self.forked()]
+        ends = [self.stages[id] for id in scored - self.forked()]
+        return [stage for stage in ends if stage.semantic["lr"][-1]["to"] is not None]
 
     def disk_bytes(self) -> int:
         """Upper estimate of what the stages to do will write and keep: states with optimizer, corpora, packings."""
@@ -190,9 +194,20 @@ def build(variants: list[Variant], store: Store) -> Plan:
     ordered = _parents_first(stages)
     stages.clear()
     stages.update(ordered)
-    _mark_cached(stages, store)
-    _mark_needed(plan)
+    mark(plan, store)
     return plan
+
+
+def mark(plan: Plan, store: Store) -> bool:
+    """Look into the store: what is done, and what is needed for the rest. True if that differs from the last look."""
+    before = {stage.id: (stage.needed, stage.request.get("optimizer")) for stage in plan.stages.values()}
+    for stage in plan.stages.values():
+        stage.needed, stage.diverged = False, None
+        if stage.kind == "segment":
+            stage.request["optimizer"] = False
+    _mark_cached(plan.stages, store)
+    _mark_needed(plan)
+    return before != {stage.id: (stage.needed, stage.request.get("optimizer")) for stage in plan.stages.values()}
 
 
 def check_sources(plan: Plan, store: Store | None) -> None:
@@ -257,9 +272,12 @@ def _add_segments(plan: Plan, variant: Variant, cuts: dict[str, list[int]]) -> N
     ids: list[str] = []
     previous: str | None = None
     pretrained = variant.pretrained
-    data = [short(stage.id) for stage in variant.data if stage.kind in ("tokenizer", "packing")]
+    tokenizer = next(short(stage.id) for stage in variant.data if stage.kind == "tokenizer")
     for index, segment in enumerate(variant.chain.segments):
         begin = segment.start
+        data = [short(id) for id in packings_read(variant.chain.segments[: index + 1])]
+        if index == 0:
+            data.insert(0, tokenizer)
         for cut in (tokens for tokens in cuts[segment.id] if tokens <= segment.to):
             id = f"{short(segment.id)}@{cut}"
             if id not in plan.stages:
@@ -293,7 +311,7 @@ def _segment_stage(
         kind="segment",
         full_id=segment.id,
         semantic=segment.semantic,
-        parents=[previous] if previous is not None else data,
+        parents=[previous, *data] if previous is not None else data,
         phase=segment.phase,
         label=f"{name} {label}",
         start=begin,
@@ -322,6 +340,22 @@ def _logger(variant: Variant, name: str) -> dict[str, Any]:
     """name: what a person reads of the run; its id is the trajectory's."""
     logger = variant.run.logger
     return {"kind": logger.kind, "project": logger.project, "entity": logger.entity, "name": name}
+
+
+def packings_read(chain: list[Segment]) -> list[str]:
+    """The packings that the last segment of a chain reads, in the order of its streams; those behind a replay included."""
+    by_id = {segment.id: segment for segment in chain}
+    found: list[str] = []
+
+    def read(segment: Segment) -> None:
+        for entry in segment.semantic["streams"]:
+            if "replay" in entry:
+                read(by_id[entry["replay"]])
+            elif entry["packing"] not in found:
+                found.append(entry["packing"])
+
+    read(chain[-1])
+    return found
 
 
 def ladder(start: int, to: int, step: int) -> set[int]:
@@ -411,7 +445,8 @@ def _mark_cached(stages: dict[str, Stage], store: Store) -> None:
                 stage.diverged = found
         else:
             stage.cached = folder.result is not None
-        if folder.path.exists():
+        # A folder without its config is one whose making was cut off; who runs the stage completes it.
+        if (folder.path / "config.yaml").is_file():
             found_semantic = folder.semantic()
             if found_semantic != stage.semantic:
                 raise ConfigError(
@@ -434,19 +469,11 @@ def _mark_needed(plan: Plan) -> None:
         if stage.cached or stage.needed:
             return
         stage.needed = True
-        if stage.resume_from is None:
-            for parent in stage.parents:
+        for parent in stage.parents:
+            if stage.resume_from is None or plan.stages[parent].kind != "segment":
                 need(parent, with_optimizer=plan.goes_on(stage, parent))
 
     for variant in plan.variants:
         wanted = [*plan.evals[variant.name].values(), *plan.pretrained_evals[variant.name].values()]
         for id in wanted or [plan.segments[variant.name][-1]]:
             need(id)
-    # A segment reads its streams' packings whether it starts anew or resumes.
-    for stage in list(plan.stages.values()):
-        if stage.kind == "segment" and stage.needed:
-            for name in stage.variants:
-                variant = next(v for v in plan.variants if v.name == name)
-                for data in variant.data:
-                    if data.kind in ("tokenizer", "packing"):
-                        need(short(data.id))

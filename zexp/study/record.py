@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from zexp.store import files
 from zexp.store.folder import Store
 from zexp.study.plan import Plan, bins_known, ledger_of
 from zexp.study.resolve import Variant
+from zexp.study.variants import row_of
 from zexp.train.phases import PhaseSpan
 
 VARIANTS = "variants.json"
@@ -126,15 +128,13 @@ def _pretrained(plan: Plan, variants: list[dict[str, Any]]) -> list[dict[str, An
         first = members[0]
         assert first.pretrained is not None
         ids = plan.segments[first.name]
-        row_name, name = names[stage]
+        axes, row_name, name = names[stage]
         for member in members:
             by_name[member.name]["pretrained"] = name
-        row = _row(first, first.pretrained)
-        kept = row_name.rsplit("@", 1)[0].split(",")
-        row["axes"] = {k: v for k, v in row["axes"].items() if str(v) in kept or f"{k.rsplit('.', 1)[-1]}={v}" in kept}
         rows.append(
             {
-                **row,
+                **_row(first, first.pretrained),
+                "axes": axes,
                 "name": name,
                 "row": row_name,
                 "anneal": None,
@@ -146,10 +146,11 @@ def _pretrained(plan: Plan, variants: list[dict[str, Any]]) -> list[dict[str, An
     return rows
 
 
-def _pretrained_names(groups: dict[str, list[Variant]]) -> dict[str, tuple[str, str]]:
-    """Stage -> (row, name): the axes on which the sharers agree, less those that are not needed to tell rows apart."""
-    from zexp.study.variants import name_of, row_of
+def _pretrained_names(groups: dict[str, list[Variant]]) -> dict[str, tuple[dict[str, Any], str, str]]:
+    """Stage -> (axes, row, name): the axes on which the sharers agree, less those that are not needed to tell rows apart.
 
+    Where these do not tell two states apart (arms that pretrain differently), the sharers' values of the others do.
+    """
     axes = {
         stage: {k: v for k, v in members[0].axes.items() if all(m.axes.get(k) == v for m in members)}
         for stage, members in groups.items()
@@ -159,12 +160,23 @@ def _pretrained_names(groups: dict[str, list[Variant]]) -> dict[str, tuple[str, 
         fewer = {stage: {k: v for k, v in own.items() if k != key} for stage, own in axes.items()}
         if len({tuple(sorted((k, str(v)) for k, v in own.items())) for own in fewer.values()}) == len(groups):
             axes = fewer
+    seen = Counter(_names(groups[stage][0], own, "") for stage, own in axes.items())
     result = {}
     for stage, own in axes.items():
-        first = groups[stage][0]
-        assert first.pretrained is not None
-        at = f"@{first.pretrained.name}"
-        seedless = {k: v for k, v in own.items() if k != "seed"}
-        row = row_of(seedless, first.arch, None) + at
-        result[stage] = (row, name_of(own, first.arch, None) + at if "seed" not in own else f"{row},seed={own['seed']}")
+        members = groups[stage]
+        row, name = _names(members[0], own, "")
+        if seen[row, name] > 1:
+            others = [key for key in members[0].axes if key not in own and key != "seed"]
+            values = ["+".join(sorted({str(m.axes.get(key)) for m in members})) for key in others]
+            row, name = _names(members[0], own, "".join(f",{value}" for value in values))
+        result[stage] = ({k: v for k, v in own.items() if k != "seed"}, row, name)
+    assert len({name for _, _, name in result.values()}) == len(groups), "two states differ in an axis"
     return result
+
+
+def _names(first: Variant, axes: dict[str, Any], told_apart: str) -> tuple[str, str]:
+    """(row, name) of a state that anneals fork from."""
+    assert first.pretrained is not None
+    seedless = {k: v for k, v in axes.items() if k != "seed"}
+    row = f"{row_of(seedless, first.arch, None)}{told_apart}@{first.pretrained.name}"
+    return row, f"{row},seed={axes['seed']}" if "seed" in axes else row

@@ -69,6 +69,10 @@ def points(study: Mapping[str, Any], scale: str, command_line: CommandLine, seed
             grid.pop(key, None)
             seeds = None if key == "seed" else seeds
     arm_keys = {override_key(text): name for name, overrides in arms.items() for text in overrides}
+    for key in sorted(set(arm_keys) & (set(study["grid"]) | set(study["zip"]))):
+        problems.add(f"{key} is an axis of study.grid or study.zip, and the arm {arm_keys[key]!r} sets it. Keep one.")
+    if "seed" in {*study["grid"], *study["zip"], *arm_keys}:
+        problems.add("seed stands in study.grid, study.zip or study.arms; the seeds of a study are study.seeds: [0, 1, 2].")
     for key in sorted((fixed_keys | set(command_line.axes)) & set(arm_keys)):
         problems.add(
             f"{key} on the command line would undo what the arm {arm_keys[key]!r} sets. "
@@ -92,14 +96,15 @@ def points(study: Mapping[str, Any], scale: str, command_line: CommandLine, seed
     if arms:
         axes.append([(("arm", name, overrides),) for name, overrides in arms.items()])
     if seeds:
-        axes.append([(("seed", int(value), [f"seed={value}"]),) for value in seeds])
-    before = list(scales.get(scale) or [])
+        axes.append([(("seed", value, [f"seed={value}"]),) for value in _seeds(seeds, problems)])
+        problems.raise_if_any()
     result = []
     for combination in itertools.product(*axes):
         parts = [part for group in combination for part in group]
         named = {name: value for name, value, _ in parts}
         if any(all(_same(named.get(k), v) for k, v in excluded.items()) for excluded in study["exclude"]):
             continue
+        before = list(scales.get(str(named.get("scale", scale))) or [])
         inner = [text for _, _, overrides in parts for text in overrides]
         result.append(Point(named, last_of_each_key([*before, *inner, *command_line.fixed])))
     _check_exclusions(study["exclude"], axes, problems)
@@ -169,6 +174,16 @@ def _grammar(value: Any) -> str:
 
 def _same(found: Any, wanted: Any) -> bool:
     return found is not None and str(found) == str(wanted)
+
+
+def _seeds(values: Sequence[Any], problems: Problems) -> list[int]:
+    found = []
+    for value in values:
+        if re.fullmatch(r"\d{1,18}", str(value)):
+            found.append(int(value))
+        else:
+            problems.add(f"seed = {str(value)!r}: a seed is a whole number from 0 to below 10^18.")
+    return found
 
 
 def _values(key: str, values: Any, where: str, problems: Problems) -> list[Any]:

@@ -227,8 +227,11 @@ def _phase_rate(schedule: Schedule, key: str, start: int, length: int, batch: in
     end = start + length
     pieces = _warmup(start, warmup, peak)
     if schedule.kind == "wsd":
-        pieces.append({"from": start + warmup, "to": None, "shape": "constant", "start": peak, "end": peak})
         assert schedule.decay_shape is not None
+        if warmup + decay == length and warmup == 0:  # no trunk: the decay is the phase
+            return [{"from": start, "to": end, "shape": schedule.decay_shape, "start": peak, "end": floor}], start
+        # The trunk is open also where this run decays as soon as it is warm: a longer run goes on from there.
+        pieces.append({"from": start + warmup, "to": None, "shape": "constant", "start": peak, "end": peak})
         pieces.append({"from": end - decay, "to": end, "shape": schedule.decay_shape, "start": peak, "end": floor})
         return pieces, end - decay
     shape = schedule.kind
@@ -320,11 +323,13 @@ def _append(
     if cut is None or cut == start:
         parts = [(pieces, start, end)]
     else:
-        first = [piece for piece in pieces if piece["from"] < cut]
-        parts = [(first, start, cut), ([piece for piece in pieces if piece["from"] >= cut], cut, end)]
+        decay = [piece for piece in pieces if piece["from"] >= cut and piece["to"] is not None]
+        parts = [([piece for piece in pieces if piece not in decay], start, cut), (decay, cut, end)]
     for number, (part, begin, until) in enumerate(parts):
         if begin == until:
             continue
+        if wrong := lr_schedule.check(part):
+            raise ConfigError([f"{step.key}: the learning rate is no schedule: {text}" for text in wrong])
         parent = segments[-1] if segments else None
         state = step.config.optimizer_state if number == 0 else "carry"
         if parent is not None and number > 0:
