@@ -70,7 +70,7 @@ def tiny_store(tiny_corpus: TinyCorpus, tmp_path: Path) -> Store:
     root.mkdir()
     for kind in ("tokenizer", "corpus", "packing"):
         (root / kind).symlink_to(tiny_corpus.root / kind)
-    return Store(root)
+    return Store(root, patience=0)
 
 
 def build(store: Store, kind: str, semantic: dict[str, Any], handler: Handler, request: dict[str, Any]) -> str:

@@ -72,3 +72,27 @@ def test_a_choice_in_both_folders_names_both_files(tmp_path):
     assert done.returncode == 2
     assert str(tmp_path / "conf/arch/mamba2_tiny.yaml") in done.stderr
     assert "define the same choice" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["arch=mamba2_tiny", "seq_len=0"], ["seq_len = 0"]),
+        (["-m", "seed=0,x"], ["seed = 'x'", "whole number"]),
+        (["-m", "seed=interval(0,3)"], ["takes lists, ranges and globs"]),
+        (["seed=99999999999999999999999"], ["below 2^63"]),
+        (["anneal.replay.fraction=0.0001"], ["anneal.replay.fraction", "the smallest share"]),
+        (["+phases.cool.tokens=10K"], ["+phases={cool:{tokens:10K}}"]),
+        (["hydra.launcher.slotz=3"], ["slotz"]),
+        (["+study.arms={a:[seed=1],b:[seed=2]}"], ["single run", "-m"]),
+        (["schedule.warmup_tokens=1M"], ["do not fit into the phase"]),
+        (["checkpoint.keep.ends=none"], ["weights or all"]),
+    ],
+)
+def test_other_wrong_requests_are_one_text_too(words, says, tmp_path):
+    done = zexp("run", *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for text in says:
+        assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("store/trajectory/*")), "something was started"

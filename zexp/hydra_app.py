@@ -7,6 +7,7 @@ launcher, with -m it calls our launcher (hydra_plugins/zexp): both end in `act`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -147,4 +148,6 @@ def _cause(error: BaseException) -> str:
         if text and text not in texts and not any(text in known for known in texts):
             texts.append(text)
         current = current.__cause__
+    if any(re.search(r"dict is not a subclass of \w+", text) for text in texts):
+        texts.append("A new entry is added whole: +phases={cool:{tokens:10K}}, +mix.sources={mine:{weight:1}}.")
     return "\n".join(texts)

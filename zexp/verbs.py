@@ -136,10 +136,10 @@ def _stage(store: Store, said: str) -> StageFolder:
         said = Path(said).resolve().name
     found = store.find(said.partition("@")[0])
     if len(found) != 1:
+        if not found:
+            raise ConfigError(f"{said!r} names no stage of {store.root}. `zexp status STUDY` lists the stages with their ids.")
         candidates = ", ".join(str(folder) for folder in found[:8])
-        raise ConfigError(
-            f"{said!r} names {len(found)} stages" + (f": {candidates}. Give more digits." if found else f" of {store.root}.")
-        )
+        raise ConfigError(f"{said!r} names {len(found)} stages: {candidates}. Give more digits.")
     return found[0]
 
 

@@ -11,6 +11,7 @@ from tests.data.conftest import CONFIG, write_lines
 from zexp.config.errors import ConfigError
 from zexp.data import corpus, documents, recipe, tokenizer, windows
 from zexp.store.errors import StoreError
+from zexp.store.folder import Store
 from zexp.store.ids import semantic_id
 
 LINES = [f"def function_{n}(argument): return {n * n} + argument" for n in range(200)]
@@ -172,8 +173,8 @@ def test_the_tokenizer_says_how_many_tokens_it_found(build, source, tmp_path):
 
 def test_what_is_not_built_is_said(store):
     for kind, read in (("tokenizer", tokenizer.load), ("packing", windows.open), ("corpus", corpus.result)):
-        with pytest.raises(StoreError, match=f"{kind} is not built"):
-            read(store, "0" * 64)
+        with pytest.raises(StoreError, match=f"{kind}/0000000000000000 has no result: it was never made"):
+            read(Store(store.root, patience=0), "0" * 64)
 
 
 def test_ids_change_with_what_matters_and_with_nothing_else(mine, source, tmp_path):

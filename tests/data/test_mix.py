@@ -70,7 +70,7 @@ def test_sixty_percent_replay_is_2458_parts():
         ([float("nan"), 1], "mix.a.weight = nan: a weight is a number of at least 0."),
         ([0, 0.0], ("A mix cannot be read: all weights are 0 (mix.a.weight, mix.b.weight). "
                    "Give at least one source a positive weight.")),
-        ([1, 1e-6], "mix.b.weight = 1e-06 is 1e-06 of the mix, less than 1/4096. Raise it, or set it to 0."),
+        ([1, 1e-6], "mix.b.weight gives 1e-06 of the phase's tokens, less than half of 1/4096, the smallest share. Raise it, or set it to 0."),
     ],
 )
 def test_a_mix_that_makes_no_sense_is_refused(weights, text):

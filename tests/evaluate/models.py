@@ -7,10 +7,12 @@ from typing import Any
 from zexp.blocks.resolve import resolve_model
 from zexp.data import tokenizer as tokenizers
 from zexp.evaluate.model import Adapter
-from zexp.model.build import build
+from zexp.model.build import build, decayed
 from zexp.store.folder import Store
 from zexp.store.ids import semantic_id
+from zexp.train import optimizer
 
+OPTIM = {"kind": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
 MAMBA = {"expand": 2, "state_size": 16, "head_dim": 16, "groups": 1, "conv_width": 4, "chunk": 64}
 ARCHES: dict[str, dict[str, Any]] = {
     "transformer": {"pattern": "2*(a d)", "blocks": {"a": {"heads": 4}, "d": {"width": 85, "activation": "swiglu"}}},
@@ -51,6 +53,7 @@ def state_of(store: Store, tokenizer_id: str, arch: str = "mamba2") -> dict[str,
     assert attempt is not None
     with attempt:
         scratch = attempt.scratch("state")
-        checkpoint.write(scratch, build(model, seed=1), None, {"tokens": 64})
+        net = build(model, seed=1)
+        checkpoint.write(scratch, net, optimizer.build(net, OPTIM, decayed(net)), {"tokens": 64})
         attempt.publish(scratch, "states/64")
     return {"id": folder.id, "tokens": 64}

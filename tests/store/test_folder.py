@@ -7,7 +7,7 @@ from zexp.config.errors import ConfigError
 from zexp.store import folder as folders
 from zexp.store.errors import StoreError
 from zexp.store.files import read_yaml, write_yaml
-from zexp.store.folder import KINDS, Store
+from zexp.store.folder import Store
 from zexp.store.ids import semantic_id
 
 
@@ -218,11 +218,10 @@ def test_a_folder_whose_config_belongs_elsewhere_is_named(make, store):
 # Waiting for parents
 
 
-def test_what_is_there_is_not_waited_for(tmp_path, store):
-    began = time.monotonic()
+def test_what_is_there_is_not_waited_for(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
     assert store.wait_for(tmp_path) is True
-    assert store.wait_for(tmp_path / "no" / "such", seconds=0) is False
-    assert time.monotonic() - began < 1
+    assert Store(store.root, patience=0).wait_for(tmp_path / "no" / "such") is False
 
 
 def test_a_path_that_appears_later_is_seen(tmp_path, store, monkeypatch):
@@ -257,16 +256,8 @@ def test_a_path_that_never_appears_is_waited_for_ninety_seconds(tmp_path, store,
     assert len(looks) < 60
 
 
-# Usage
-
-
-def test_usage_counts_bytes_by_kind(make, store):
-    assert store.usage() == {}
-    folder = make("eval")
-    publish(folder, text="x" * 100_000)
-    store.study("quickstart").mkdir(parents=True)
-    (store.study("quickstart") / "variants.json").write_text("x" * 50)
-    usage = store.usage()
-    assert set(usage) == {"eval", "studies"} < {*KINDS, "studies", "cache"}
-    assert usage["studies"] == 50
-    assert 100_000 < usage["eval"] < 110_000
+def test_a_parent_that_has_to_be_there_is_named_with_what_to_do(make, store):
+    folder = make("trajectory")
+    impatient = Store(store.root, patience=0).folder("trajectory", folder.id)
+    with pytest.raises(StoreError, match=r"has no states/5: .* It has states at: none\. Run the study again"):
+        impatient.required("states/5")

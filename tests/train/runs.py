@@ -106,6 +106,7 @@ def request(to: int, **changes: Any) -> dict[str, Any]:
         "log_every": 10,
         "checkpoint": {"every_seconds": None, "rolling": 2},
         "logger": {"kind": "jsonl"},
+        "divergence": {"margin": 2.0, "steps": 20},
         "retry_diverged": False,
         **changes,
     }

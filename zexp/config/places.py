@@ -17,11 +17,6 @@ def conf_dir() -> Path:
     return _folder("conf")
 
 
-def sweeps_dir() -> Path:
-    """The studies that zexp ships."""
-    return _folder("sweeps")
-
-
 def evals_dir() -> Path:
     """The lm-eval task YAMLs that zexp ships."""
     return _folder("evals")

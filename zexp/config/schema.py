@@ -205,6 +205,14 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True)
+class Divergence:
+    """When a training counts as diverged, beside a loss that is not finite."""
+
+    margin: float = execution(2.0)  # nats a token above ln V, the loss of the uniform guess
+    steps: int = execution(20)  # that many consecutive optimizer steps
+
+
+@dataclass(kw_only=True)
 class Execution:
     """Speed and place; nothing here changes a result."""
 
@@ -212,6 +220,7 @@ class Execution:
     device: str = execution("auto")  # auto (a GPU where there is one) | cpu | cuda
     deterministic: bool = execution(True)  # deterministic algorithms: same fingerprint, same bits
     log_every: int = execution(10)  # optimizer steps
+    divergence: Divergence = execution(factory=Divergence)
     retry_diverged: bool = execution(False)  # train a diverged stage again
 
 
@@ -268,5 +277,5 @@ def schemas() -> list[type]:
     """Every dataclass of the schema, for the test that each field is declared."""
     return [
         Norm, Arch, Source, MixSource, Mix, Tokenizer, Packing, Corpus, Schedule, Phase, Replay, Anneal, Optim,
-        Parallelism, Kernels, Eval, Logger, Keep, Checkpoint, Execution, Seeds, Study, Run,
+        Parallelism, Kernels, Eval, Logger, Keep, Checkpoint, Divergence, Execution, Seeds, Study, Run,
     ]  # fmt: skip

@@ -24,7 +24,6 @@ from zexp.data.documents import Document, Tally
 from zexp.data.tokenizer import EOD_ID, encode, load, one_thread
 from zexp.store import files
 from zexp.store.attempt import Attempt
-from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
 
 _BATCH = 32  # documents encoded at a time
@@ -103,10 +102,7 @@ def read_heldout(store: Store, id_: str) -> Iterator[Document]:
 
 def result(store: Store, id_: str) -> Path:
     """The folder of a corpus that was built; StoreError if it was not."""
-    folder = store.folder("corpus", id_)
-    if folder.result is None:
-        raise StoreError(f"{folder.path} has no result: the corpus is not built.")
-    return folder.result
+    return store.folder("corpus", id_).required()
 
 
 @dataclass

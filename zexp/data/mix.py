@@ -40,7 +40,7 @@ def quantise(weights: Sequence[float], names: Sequence[str] | None = None) -> li
     for name, weight, part in zip(names, weights, parts, strict=True):
         if weight > 0 and part == 0:
             problems.append(
-                f"{name} = {weight!r} is {weight / total:.2g} of the mix, less than 1/{PARTS}. "
+                f"{name} gives {weight / total:.2g} of the phase's tokens, less than half of 1/{PARTS}, the smallest share. "
                 "Raise it, or set it to 0."
             )
     if problems:

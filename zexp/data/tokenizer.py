@@ -13,7 +13,6 @@ from zexp.data import documents
 from zexp.data.mix import PARTS
 from zexp.store import files
 from zexp.store.attempt import Attempt
-from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
 
 EOD = "<|eod|>"
@@ -79,10 +78,7 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def load(store: Store, id_: str) -> Tokenizer:
     """A tokenizer that was built; StoreError if it was not."""
-    folder = store.folder("tokenizer", id_)
-    if folder.result is None:
-        raise StoreError(f"{folder.path} has no result: the tokenizer is not built.")
-    return _plain(Tokenizer.from_file(str(folder.result / "tokenizer.json")))
+    return _plain(Tokenizer.from_file(str(store.folder("tokenizer", id_).required() / "tokenizer.json")))
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

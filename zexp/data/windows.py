@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from zexp.data import corpus
 from zexp.store import files
-from zexp.store.errors import StoreError
 from zexp.store.folder import Store
 
 
@@ -44,15 +43,13 @@ class Windows:
 
 def open(store: Store, id_: str) -> Windows:
     """A packing that was built; StoreError if it, or its corpus, was not."""
-    folder = store.folder("packing", id_)
-    if folder.result is None:
-        raise StoreError(f"{folder.path} has no result: the packing is not built.")
-    manifest = files.read_json(folder.result / files.MANIFEST)
+    result = store.folder("packing", id_).required()
+    manifest = files.read_json(result / files.MANIFEST)
     source = corpus.result(store, manifest["corpus"])
     dtype = np.dtype(files.read_json(source / files.MANIFEST)["dtype"]).newbyteorder("<")
     return Windows(
         seq_len=manifest["seq_len"],
-        starts=_map(folder.result / "starts.bin", np.dtype("<i8")),
+        starts=_map(result / "starts.bin", np.dtype("<i8")),
         tokens=_map(source / "tokens.bin", dtype),
         offsets=_map(source / "offsets.bin", np.dtype("<i8")),
     )

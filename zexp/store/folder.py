@@ -9,7 +9,6 @@ config.yaml, provenance.json and the pins, which are the same whoever writes the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
@@ -32,10 +31,15 @@ _NUMBER = re.compile(r"0|[1-9]\d*")
 
 @dataclass(frozen=True)
 class Store:
-    """A folder tree of results. Making a Store touches nothing on disk."""
+    """A folder tree of results. Making a Store touches nothing on disk.
+
+    patience: seconds for which a parent that has to be there is looked for again (an NFS client may not see for a minute
+    what another one renamed).
+    """
 
     root: Path
     lease_times: lease.LeaseTimes = lease.LeaseTimes()
+    patience: float = 90.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root).expanduser().absolute())
@@ -96,10 +100,9 @@ class Store:
                         found.append(self.folder(each, id))
         return found
 
-    def wait_for(self, path: Path, seconds: float = 90.0) -> bool:
-        """True as soon as path is there. On NFS a client may not see for a minute what another one renamed;
-        listing the parent again makes it look."""
-        end = time.monotonic() + seconds
+    def wait_for(self, path: Path) -> bool:
+        """True as soon as path is there, False after `patience`. Listing its parent makes an NFS client look again."""
+        end = time.monotonic() + self.patience
         pause = 0.1
         while True:
             try:
@@ -112,10 +115,6 @@ class Store:
                 return False
             time.sleep(min(pause, left))
             pause = min(2 * pause, 2.0)
-
-    def usage(self) -> dict[str, int]:
-        """Bytes of the files in each of the kinds, studies and cache that is there."""
-        return {name: _bytes(self.root / name) for name in (*KINDS, "studies", "cache") if (self.root / name).is_dir()}
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,14 @@ class StageFolder:
     def provenance(self) -> dict[str, Any]:
         value: dict[str, Any] = files.read_json(self.path / "provenance.json")
         return value
+
+    def required(self, place: str = "result") -> Path:
+        """The published "result" or "states/<tokens>" that somebody else has made. Raises StoreError if it is not there."""
+        path = self.path / place
+        if self.store.wait_for(path) and (found := _published(path)) is not None:
+            return found
+        there = f" It has states at: {', '.join(map(str, self.states())) or 'none'}." if self.kind == "trajectory" else ""
+        raise StoreError(f"{self.path} has no {place}: it was never made, or it was removed.{there} Run the study again.")
 
     @property
     def result(self) -> Path | None:
@@ -272,12 +279,3 @@ class StageFolder:
 def _published(path: Path) -> Path | None:
     # The rename brought the whole folder; the manifest tells it from a folder that somebody made by hand.
     return path if (path / files.MANIFEST).is_file() else None
-
-
-def _bytes(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # a temporary that was renamed meanwhile
-                total += os.lstat(os.path.join(parent, name)).st_size
-    return total

@@ -329,6 +329,7 @@ def _segment_stage(
             "log_every": run.execution.log_every,
             "checkpoint": {"every_seconds": run.checkpoint.every_seconds, "rolling": run.checkpoint.keep.rolling},
             "logger": _logger(variant, f"{name} {label}"),
+            "divergence": {"margin": run.execution.divergence.margin, "steps": run.execution.divergence.steps},
             "retry_diverged": run.execution.retry_diverged,
         },
         flops_per_token=variant.flops_per_token["train"],

@@ -215,7 +215,7 @@ class Resolver:
                 model,
                 blocks_resolve.numerics(model),
                 calc_model.parameters(model),
-                calc_model.flops_per_token(model, run.seq_len),
+                calc_model.flops_per_token(model, run.seq_len) if run.seq_len > 0 else {},
             )
         return self._models[key]
 
@@ -375,8 +375,6 @@ def _epoch_cap(run: Run, name: str) -> int | None:
 
 
 def _check_execution(run: Run, problems: Problems) -> None:
-    if run.seq_len <= 0:
-        problems.add(f"seq_len = {run.seq_len} must be above 0.")
     if run.execution.micro_batch <= 0:
         problems.add(f"execution.micro_batch = {run.execution.micro_batch} must be above 0.")
     if run.parallelism.threads <= 0:
@@ -389,6 +387,10 @@ def _check_execution(run: Run, problems: Problems) -> None:
         problems.add(f"checkpoint.keep.ends = {run.checkpoint.keep.ends!r}; it is weights or all.")
     if not run.checkpoint.every_seconds > 0:
         problems.add(f"checkpoint.every_seconds = {run.checkpoint.every_seconds} must be above 0.")
+    if not run.execution.divergence.margin >= 0:
+        problems.add(f"execution.divergence.margin = {run.execution.divergence.margin} must be 0 or above.")
+    if run.execution.divergence.steps < 1:
+        problems.add(f"execution.divergence.steps = {run.execution.divergence.steps} must be 1 or more.")
     if run.execution.device not in ("auto", "cpu", "cuda"):
         problems.add(f"execution.device = {run.execution.device!r}; it is auto, cpu or cuda.")
     if run.logger.kind not in ("jsonl", "wandb"):

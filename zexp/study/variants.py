@@ -179,10 +179,10 @@ def _same(found: Any, wanted: Any) -> bool:
 def _seeds(values: Sequence[Any], problems: Problems) -> list[int]:
     found = []
     for value in values:
-        if re.fullmatch(r"\d{1,18}", str(value)):
+        if re.fullmatch(r"\d{1,19}", str(value)) and int(value) < 2**63:
             found.append(int(value))
         else:
-            problems.add(f"seed = {str(value)!r}: a seed is a whole number from 0 to below 10^18.")
+            problems.add(f"seed = {str(value)!r}: a seed is a whole number from 0 to below 2^63.")
     return found
 
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from zexp.model.build import LanguageModel, build
 from zexp.store.errors import StoreError
 from zexp.store.files import MANIFEST, read_json, write_json
-from zexp.store.folder import OPTIMIZER, Store
+from zexp.store.folder import OPTIMIZER, StageFolder, Store
 from zexp.train import optimizer as optimizers
 from zexp.train.chain import chain
 
@@ -63,6 +63,23 @@ def same(one: Path, other: Path) -> bool:
     return bits[0] == bits[1]
 
 
+def verified(folder: StageFolder, tokens: int) -> Path:
+    """A published state of another stage, its checksums verified.
+
+    A damaged one is set aside, so that the next plan trains it again. Raises StoreError for it and for a missing one.
+    """
+    state = folder.required(f"states/{tokens}")
+    try:
+        folder.verify(state)
+    except StoreError as error:
+        attempt = folder.attempt({"set_aside": tokens})
+        assert attempt is not None, "nobody else can make what is there"
+        with attempt:
+            attempt.set_aside(f"states/{tokens}")
+        raise StoreError(f"{error} It is set aside in {attempt.path}; run the same command again, and it is trained again.") from error
+    return state
+
+
 def load_weights(state: Path, model: nn.Module) -> None:
     """Replace the model's weights, in place. Raises StoreError if the names are not the model's."""
     _load(state / WEIGHTS, weight_tensors(model))
@@ -82,11 +99,7 @@ def load_model(
     store: Store, trajectory_id: str, tokens: int, device: str = "cpu", kernels: str = "auto"
 ) -> tuple[LanguageModel, dict[str, Any], str]:
     """The model of a published state with its checksums verified, its semantic block, and its tokenizer's id."""
-    folder = store.folder("trajectory", trajectory_id)
-    state = folder.state(tokens)
-    if state is None:
-        raise StoreError(f"{folder.path} has no state at {tokens} tokens; it has: {folder.states()}")
-    folder.verify(state)
+    state = verified(store.folder("trajectory", trajectory_id), tokens)
     root = chain(store, trajectory_id)[0].semantic
     model = build(root["model"], seed=None, kernels=kernels, device=device)
     load_weights(state, model)

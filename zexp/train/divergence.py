@@ -10,12 +10,7 @@ ln V is the loss of the uniform guess over a vocabulary of V, about where every 
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-MARGIN = 2.0  # nats a token
-STEPS = 20  # consecutive optimizer steps
 
 
 @dataclass
@@ -24,18 +19,9 @@ class Watch:
     a state, so that an interrupted run diverges at the same step as an undisturbed one."""
 
     vocab_size: int
-    margin: float = MARGIN
-    steps: int = STEPS
+    margin: float
+    steps: int
     above: int = 0
-
-    @classmethod
-    def from_request(cls, vocab_size: int, options: Mapping[str, Any] | None, above: int = 0) -> "Watch":
-        """options: the request's `divergence: {margin, steps}`; absent keys keep their defaults."""
-        options = dict(options or {})
-        watch = cls(vocab_size, options.pop("margin", MARGIN), options.pop("steps", STEPS), above)
-        if options:
-            raise ValueError(f"divergence has no key {sorted(options)[0]!r}; it has margin and steps")
-        return watch
 
     def see(self, loss: float, grad_norm: float) -> str | None:
         """The reason, in words, if the training has diverged at this step."""

@@ -37,6 +37,9 @@ def check_run(run: Run, optimizers: tuple[str, ...], problems: Problems) -> None
     for name in ("weight_decay", "clip"):
         if not 0.0 <= getattr(run.optim, name) < float("inf"):
             problems.add(f"optim.{name} = {getattr(run.optim, name)} must be a finite number, 0 or above.")
+    _check_seed(run.seed, "seed", problems)
+    _check_seed(run.seeds.init, "seeds.init", problems)
+    _check_seed(run.corpus.seed, "corpus.seed", problems)
     if run.precision not in PRECISIONS:
         problems.add(f"precision = {run.precision!r}; it is {' or '.join(PRECISIONS)}.")
 
@@ -57,6 +60,7 @@ def check_phase(config: Phase | Anneal, key: str, run: Run, problems: Problems) 
             )
     elif config.parent is None:
         problems.add(f"{key}.batch_tokens is not set and there is no parent to take it from. Set it, e.g. 4096.")
+    _check_seed(config.seed, f"{key}.seed", problems)
     if config.optimizer_state not in OPTIMIZER_STATES:
         problems.add(f"{key}.optimizer_state = {config.optimizer_state!r}; it is {' or '.join(OPTIMIZER_STATES)}.")
     if isinstance(config, Anneal):
@@ -116,6 +120,11 @@ def _check_mix(mix: Mix, key: str, problems: Problems) -> None:
         problems.add(f"{key}.sources.{name}.weight = {weight} must be a finite number, 0 or above.")
     if mix.sources and not wrong and not any(source.weight for source in mix.sources.values()):
         problems.add(f"{key}.sources: every weight is 0. Give at least one source a weight.")
+
+
+def _check_seed(value: int | None, key: str, problems: Problems) -> None:
+    if value is not None and not 0 <= value < 2**63:
+        problems.add(f"{key} = {value}: a seed is a whole number from 0 to below 2^63.")
 
 
 def _check_fraction(value: float, key: str, problems: Problems) -> None:

@@ -90,7 +90,8 @@ class _Loop:
         self.fingerprint = fingerprint.name_of(details)
         training.fingerprints = {**training.fingerprints, self.fingerprint: details}
         vocab_size = training.model.semantic["vocab_size"]
-        self.watch = Watch.from_request(vocab_size, request.get("divergence"), training.above)
+        bound = request["divergence"]
+        self.watch = Watch(vocab_size, bound["margin"], bound["steps"], training.above)
         self.saved_at = time.monotonic()
         self.pace = _Pace(training.tokens)
 

@@ -80,11 +80,6 @@ class _Step:
     config: Phase | Anneal
 
 
-def order(run: Run) -> list[tuple[str, Phase | Anneal]]:
-    """The phases from the root to the anneal. Raises ConfigError unless `parent:` makes them one chain."""
-    return [(step.name, step.config) for step in _order(run)]
-
-
 def compile_chain(
     run: Run,
     *,
@@ -262,11 +257,13 @@ def _streams(
     mix: Mix = config.mix or run.mix
     replay = config.replay if isinstance(config, Anneal) else None
     shares: list[float] = []
+    names: list[str] = []
     entries: list[dict[str, Any]] = []
     if replay is not None and replay.fraction > 0:
         assert parent is not None
         entries.append({"replay": parent.id, "start": replay.start})
         shares.append(replay.fraction)
+        names.append(f"{step.key}.replay.fraction")
     rest = 1.0 - (replay.fraction if replay is not None else 0.0)
     if rest > 0:
         weights = {name: float(source.weight) for name, source in mix.sources.items() if source.weight > 0}
@@ -276,7 +273,8 @@ def _streams(
             packed = packing(name, mix.sources[name])
             entries.append({"packing": packed, "seed": seeds.get(packed, own_seed)})
             shares.append(rest * weight / sum(weights.values()))
-    for entry, part in zip(entries, data_mix.quantise(shares), strict=True):
+            names.append(f"{step.key}.mix.sources.{name}.weight" if config.mix else f"mix.sources.{name}.weight")
+    for entry, part in zip(entries, data_mix.quantise(shares, names), strict=True):
         entry["weight"] = part
     if parent is not None:
         whole = [{"replay": parent.id, "start": "continue", "weight": PARTS}]

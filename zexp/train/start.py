@@ -54,7 +54,7 @@ def begin(
     """The training at the newest token count up to `target` that can be had.
 
     A state of this trajectory that fails its checksums is set aside, said in the log, and the one before it is tried.
-    Raises StoreError if the parent's state is missing or damaged: its own stage has to make it again.
+    Raises StoreError if the parent's state is missing or damaged (set aside then): its own stage has to make it again.
     """
     root, last = chain[0].semantic, chain[-1].semantic
 
@@ -70,9 +70,7 @@ def begin(
     elif last["parent"] is not None:
         fork = start_tokens(last)
         parent = store.folder("trajectory", last["parent"]["id"])
-        if (state := parent.state(fork)) is None:
-            raise StoreError(f"{parent.path} has no state at {fork} tokens to fork from.")
-        parent.verify(state)
+        state = checkpoint.verified(parent, fork)
         training = blank(seed=None)
         carry = last["optimizer_state"] == "carry"
         _load(training, state, Stream(chain[:-1]), with_optimizer=carry)
