@@ -84,7 +84,7 @@ def test_a_choice_in_both_folders_names_both_files(tmp_path):
         (["anneal.replay.fraction=0.0001"], ["anneal.replay.fraction", "the smallest share"]),
         (["+phases.cool.tokens=10K"], ["+phases={cool:{tokens:10K}}"]),
         (["hydra.launcher.slotz=3"], ["slotz"]),
-        (["+study.arms={a:[seed=1],b:[seed=2]}"], ["single run", "-m"]),
+        (["study.seeds=[0,1]"], ["single run", "-m"]),
         (["schedule.warmup_tokens=1M"], ["do not fit into the phase"]),
         (["checkpoint.keep.ends=none"], ["weights or all"]),
     ],

@@ -76,3 +76,18 @@ def test_holm_keeps_the_order_and_never_lowers_a_p(p_values):
     for i, raw in enumerate(p_values):
         assert raw <= adjusted[i] <= 1
         assert all(adjusted[i] <= adjusted[j] for j, other in enumerate(p_values) if raw < other)
+
+
+def test_neighbours_that_share_choices_widen_a_paired_interval():
+    # Each draw is an item's and its neighbour's: the mean of n/2 independent values, seen n times.
+    draws = [v for v in (1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0) for _ in range(2)]
+    ours = {str(i): (v, 1.0) for i, v in enumerate(draws)}
+    theirs = {str(i): (0.0, 1.0) for i in range(len(draws))}
+    alone, near = (paired_over_items(ours, theirs, neighbours=k) for k in (0, 1))
+    assert alone.mean == near.mean and near.p > alone.p
+    variance = sum((v - alone.mean) ** 2 for v in draws)
+    shared = sum((draws[i] - alone.mean) * (draws[i - 1] - alone.mean) for i in range(len(draws)))
+    assert (near.high - near.low) / (alone.high - alone.low) == pytest.approx(math.sqrt(1 + 2 * shared / variance))
+    swinging = {str(i): ((-1.0) ** i, 1.0) for i in range(10)}
+    less = paired_over_items(swinging, {k: (0.0, 1.0) for k in swinging}, neighbours=1)
+    assert less == paired_over_items(swinging, {k: (0.0, 1.0) for k in swinging}), "a negative covariance buys nothing"

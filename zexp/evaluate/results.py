@@ -1,6 +1,6 @@
 """From lm-eval's samples to results.json and samples.jsonl.
 
-    results.json   {task, metrics: {name: {value, stderr, n, higher_is_better, chance?, baseline?: {name, value}}}, …}
+    results.json   {task, metrics: {name: {value, stderr, n, higher_is_better, neighbours?, chance?, baseline?: {name, value}}}, …}
     samples.jsonl  one line an item: {item, name: value}; of a ratio of sums (bits per byte) {name: [numerator, denominator]}
 
 stderr is of the items: of a mean its standard error, of a ratio of sums the delta method's (Cochran, Sampling Techniques,
@@ -110,8 +110,10 @@ def _stderr(metric: str, value: float, each: Sequence[float | list[float] | None
 
 
 def _reference(known: Mapping[str, Any]) -> dict[str, Any]:
-    """chance and baseline as results.json has them."""
+    """neighbours, chance and baseline as results.json has them."""
     made: dict[str, Any] = {}
+    if known.get("neighbours"):
+        made["neighbours"] = known["neighbours"]
     if "chance" in known:
         made["chance"] = known["chance"]
     if "baseline" in known:

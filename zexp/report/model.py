@@ -40,7 +40,7 @@ class Cell:
     """A score of a row: mean over its seeds with a 95 % interval.
 
     interval: what the interval is over, "seeds" or (one seed) "items"; None where neither is known. n: seeds;
-    by_seed: seed -> score; items: of one seed's evaluation; chance: what guessing scores; reference: what a trivial
+    by_seed: seed -> score; items: of one seed's evaluation; neighbours: items so near to each other are not independent; chance: what guessing scores; reference: what a trivial
     model scores, with its name; stages: the eval stages.
     """
 
@@ -52,6 +52,7 @@ class Cell:
     interval: str | None
     by_seed: dict[str, float]
     items: int | None = None
+    neighbours: int = 0
     chance: float | None = None
     reference: dict[str, Any] | None = None
     stages: list[str] = field(default_factory=list)

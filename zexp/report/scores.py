@@ -1,10 +1,10 @@
 """Scores of one evaluated state: results.json as it is, samples.jsonl for paired comparisons.
 
-    results.json    {"task", "metrics": {name: {"value", "stderr", "n", "higher_is_better", "chance"?, "baseline"?}}}
+    results.json    {"task", "metrics": {name: {"value", "stderr", "n", "higher_is_better", "neighbours"?, "chance"?, "baseline"?}}}
     samples.jsonl   one line an item, {"item": id, name: value}; a ratio of sums (bits per byte) has
                     {name: [numerator, denominator]}
 
-chance is a number; baseline a number or {"name", "value"}.
+neighbours: items that many lines apart or less, in a ring, are not independent; chance is a number; baseline a number or {"name", "value"}.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zexp.store.files import read_json
 
 @dataclass(frozen=True)
 class Scored:
-    """One metric of one evaluated state. items: how many questions, None if the task does not say."""
+    """One metric of one evaluated state. items: how many questions, None if the task does not say; neighbours: see above."""
 
     value: float
     stderr: float | None
@@ -32,6 +32,7 @@ class Scored:
     chance: float | None
     reference: dict[str, Any] | None
     stage: str
+    neighbours: int = 0
 
 
 def read_results(result: Path, task: str, stage: str) -> tuple[dict[str, Scored], list[str]]:
@@ -53,12 +54,13 @@ def read_results(result: Path, task: str, stage: str) -> tuple[dict[str, Scored]
             chance=float(metric["chance"]) if _finite(metric.get("chance")) else None,
             reference=_reference(metric.get("baseline")),
             stage=stage,
+            neighbours=int(metric.get("neighbours", 0)),
         )
     return scores, bad
 
 
 def read_items(result: Path) -> dict[str, dict[str, Score]]:
-    """metric -> item -> (value, weight), from samples.jsonl; empty where there is none.
+    """metric -> item -> (value, weight) in the order of samples.jsonl; empty where there is none.
 
     An item's value is left out of a metric where it is not finite: it cannot be paired.
     """
@@ -96,6 +98,7 @@ def cell_of(by_seed: Mapping[str, Scored]) -> Cell:
         items=one.items,
         chance=one.chance,
         reference=one.reference,
+        neighbours=one.neighbours,
         stages=[scored.stage for scored in by_seed.values()],
     )
 

@@ -52,19 +52,23 @@ def over_items(value: float, stderr: float | None, n: int) -> Interval:
     return _student(value, stderr, n, "items")
 
 
-def paired_over_items(ours: Mapping[str, Score], theirs: Mapping[str, Score], *, min_items: int = 2) -> Interval | None:
+def paired_over_items(
+    ours: Mapping[str, Score], theirs: Mapping[str, Score], *, neighbours: int = 0, min_items: int = 2
+) -> Interval | None:
     """Mean difference ours - theirs over the items both answered, with its interval over items.
 
     A score is (value, weight): a plain mean has weights 1, bits per byte has (bits/bytes, bytes). With weights w and
     differences d the mean is D = Σwd / Σw and its variance the ratio estimator's, n/(n-1) · Σ(w(d-D))² / (Σw)²
     (Cochran 1977, "Sampling Techniques", ch. 6); for equal weights this is the paired t test.
+    neighbours: items that near to each other, in the ring that `ours` lists them in, share choices; their covariance
+    counts if it is positive.
     None if fewer than `min_items` items are common, or an item has two weights (they are not the same item then).
     """
     common = ours.keys() & theirs.keys()
     if len(common) < min_items:
         return None
     differences, weights = [], []
-    for item in common:
+    for item in (item for item in ours if item in common):
         (our_value, our_weight), (their_value, their_weight) = ours[item], theirs[item]
         if not math.isclose(our_weight, their_weight, rel_tol=1e-9):
             return None
@@ -72,7 +76,9 @@ def paired_over_items(ours: Mapping[str, Score], theirs: Mapping[str, Score], *,
         weights.append(our_weight)
     n, total = len(common), math.fsum(weights)
     mean = math.fsum(w * d for w, d in zip(weights, differences, strict=True)) / total
-    squares = math.fsum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True))
+    off = [w * (d - mean) for w, d in zip(weights, differences, strict=True)]
+    shared = math.fsum(off[i] * off[i - lag] for lag in range(1, neighbours + 1) for i in range(n))
+    squares = math.fsum(one * one for one in off) + max(0.0, 2.0 * shared)
     return _student(mean, math.sqrt(squares * n / (n - 1)) / total, n, "items")
 
 

@@ -90,7 +90,7 @@ def _over_items(row: Row, other: Row, metric: str, seed: str, items_of: ItemsOf)
         scores.append(items)
     if scores[0].keys() != scores[1].keys():
         return None
-    return paired_over_items(scores[0], scores[1])
+    return paired_over_items(scores[0], scores[1], neighbours=row.metrics[metric].neighbours)
 
 
 def _decide(pairs: Sequence[Pair]) -> None:
