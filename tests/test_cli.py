@@ -135,8 +135,10 @@ def test_wandb_without_a_key_gets_curves_and_scores_offline_and_says_how_to_send
     done = zexp("run", *words, cwd=folder, **keys)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wandb: 3 runs were written offline" in done.stdout and "wandb sync " in done.stdout
-    runs = [run.name.split("-")[-1] for run in folder.glob("store/*/*/attempts/*/wandb/offline-run-*")]
+    runs = [run.name.split("-")[-1] for run in folder.glob("store/**/wandb/offline-run-*")]
     decay = next(path.parent.parent.name for path in folder.glob("store/trajectory/*/states/4096"))
     assert runs.count(decay) == 2, "the decay's curves and the score of its end are one run"
-    (scored,) = folder.glob("store/eval/*/attempts/*/wandb/offline-run-*/*.wandb")
+    (scored,) = folder.glob("store/studies/*/wandb/*/wandb/offline-run-*/*.wandb")
     assert b"bpb_mine/bits_per_byte" in scored.read_bytes()
+    again = zexp("run", *words, cwd=folder, **keys)
+    assert "wandb: 3 runs were written offline" in again.stdout, "nothing is sent twice"

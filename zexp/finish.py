@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from zexp import report
 from zexp.config.tokens import say_tokens
 from zexp.study.execute import Acted
 from zexp.study.launch import progress
-from zexp.train import logger
-
-
-def unsent(acted: Acted) -> str | None:
-    """How to send the wandb runs of this study that were written offline; None if there are none."""
-    runs: list[Path] = []
-    for stage in acted.plan.stages.values():
-        if stage.request.get("logger", {}).get("kind") == "wandb":
-            runs += logger.offline_runs(acted.store.root / stage.folder / "attempts")
-    if not runs:
-        return None
-    pattern = acted.store.root / "*" / "*" / "attempts" / "*" / "wandb" / "offline-run-*"
-    return f"wandb: {len(set(runs))} runs were written offline, for there is no API key. To send them: wandb sync {pattern}"
+from zexp.study.tracking import send_scores
 
 
 def finish(acted: Acted, *, seconds: float) -> int:
@@ -38,7 +24,7 @@ def finish(acted: Acted, *, seconds: float) -> int:
     did = f"{say_tokens(trained)} tokens trained" if outcomes else "Nothing to train: everything was in the store"
     console.print(f"{did}; {seconds:.0f} s." if seconds >= 10 else f"{did}; {seconds:.1f} s.")
     console.print(f"Leaderboard: {paths['html']}", soft_wrap=True)
-    if (line := unsent(acted)) is not None:
+    for line in send_scores(the_plan, acted.store, acted.study["name"]):
         console.print(line, soft_wrap=True)
     statuses = {outcome.status for outcome in outcomes.values()}
     if "interrupted" in statuses:

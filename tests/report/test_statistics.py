@@ -89,5 +89,5 @@ def test_neighbours_that_share_choices_widen_a_paired_interval():
     shared = sum((draws[i] - alone.mean) * (draws[i - 1] - alone.mean) for i in range(len(draws)))
     assert (near.high - near.low) / (alone.high - alone.low) == pytest.approx(math.sqrt(1 + 2 * shared / variance))
     swinging = {str(i): ((-1.0) ** i, 1.0) for i in range(10)}
-    less = paired_over_items(swinging, {k: (0.0, 1.0) for k in swinging}, neighbours=1)
-    assert less == paired_over_items(swinging, {k: (0.0, 1.0) for k in swinging}), "a negative covariance buys nothing"
+    less = paired_over_items(swinging, dict.fromkeys(swinging, (0.0, 1.0)), neighbours=1)
+    assert less == paired_over_items(swinging, dict.fromkeys(swinging, (0.0, 1.0))), "a negative covariance buys nothing"

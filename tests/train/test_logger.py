@@ -42,6 +42,11 @@ def test_scores_are_added_to_the_run_of_the_trajectory(tmp_path):
     assert b"cloze/acc" in next(directory.glob("*.wandb")).read_bytes()
 
 
+def test_what_wandb_refuses_is_told_apart_from_a_mistake_of_ours(tmp_path):
+    with pytest.raises(logger.NotSent, match="UsageError"):
+        logger.send_scores({"kind": "wandb", "project": "a/b"}, "x", {"cloze/acc": 0.25}, tmp_path)
+
+
 def test_a_key_or_an_explicit_mode_decides_where_it_goes(monkeypatch, tmp_path):
     assert logger._mode() == "offline"
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password abc\n")

@@ -32,9 +32,7 @@ from zexp.store import files
 from zexp.store.attempt import Attempt
 from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
-from zexp.store.ids import short
 from zexp.train.checkpoint import load_model
-from zexp.train.logger import send_scores
 
 _FUNCTION = "!function "
 FEWSHOT_SEED = 1234  # lm-eval's own default, as are those of _seed
@@ -53,7 +51,7 @@ _loaded: _Loaded | None = None
 
 
 def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Attempt) -> str:
-    """The stage. request: threads, device, kernels, deterministic, eval {batch_size, yaml, directory, index}, logger."""
+    """The stage. request: threads, device, kernels, deterministic, eval {batch_size, yaml, directory, index}."""
     semantic = folder.semantic()
     started = time.monotonic()
     with _machine(request), _quiet():
@@ -91,8 +89,6 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     files.write_json(scratch / "results.json", facts)
     files.write_atomic(scratch / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     attempt.publish(scratch, "result")
-    scores = {f"{facts['task']}/{name}": metric["value"] for name, metric in made["metrics"].items()}
-    send_scores(request.get("logger"), short(semantic["state"]["id"]), scores, attempt.path)
     return "done"
 
 

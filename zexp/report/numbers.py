@@ -33,6 +33,11 @@ def seeds(cell: Cell) -> str:
     return f"n={cell.n}" + (", items" if cell.interval == "items" else "")
 
 
+def fewer_seeds(row: Row, cell: Cell) -> str:
+    """` n=2` where a cell has not all of its row's seeds."""
+    return "" if cell.n == len(row.by_seed) else f" n={cell.n}"
+
+
 def count(row: Row) -> str:
     """`2/3` seeds done, or how many there are."""
     done = sum(status == "done" for status in row.by_seed.values())

@@ -90,7 +90,11 @@ def _scores(rows: list[Row], metric: str) -> list[str]:
     cells = [row.metrics.get(metric) for row in rows]
     known = next((cell for cell in cells if cell is not None), None)
     trivial = None if known is None else known.reference["value"] if known.reference else known.chance
-    return [numbers.short_cell(c) if c is not None else "–" for c in cells] + ["" if trivial is None else f"{trivial:.3f}"]
+    texts = [
+        numbers.short_cell(cell) + numbers.fewer_seeds(row, cell) if cell is not None else "–"
+        for row, cell in zip(rows, cells, strict=True)
+    ]
+    return [*texts, "" if trivial is None else f"{trivial:.3f}"]
 
 
 def _fitting(fixed: list[Column], scored: list[Column], width: int) -> list[tuple[list[Column], list[Column]]]:

@@ -15,6 +15,10 @@ from urllib.parse import urlparse
 log = logging.getLogger(__name__)
 
 
+class NotSent(RuntimeError):
+    """wandb could not take what it was given; the text says why."""
+
+
 class Curves(Protocol):
     """Receives what metrics.jsonl receives."""
 
@@ -84,19 +88,28 @@ def open_curves(options: Mapping[str, Any] | None, run_id: str, config: Mapping[
     raise ValueError(f"logger.kind = {kind!r}; one of: jsonl, wandb")
 
 
-def send_scores(options: Mapping[str, Any] | None, run_id: str, scores: Mapping[str, float], directory: Path) -> None:
-    """Add final scores {task/metric: value} to a trajectory's run, if the logger is wandb."""
-    if (options or {}).get("kind", "jsonl") != "wandb":
-        return
-    curves = WandbCurves(options or {}, run_id, {}, directory)
-    curves.summarise(scores)
-    curves.close()
+def send_scores(options: Mapping[str, Any], run_id: str, scores: Mapping[str, float], directory: Path) -> None:
+    """Add final scores {task/metric: value} to a trajectory's wandb run. Raises NotSent."""
+    import wandb
+
+    try:
+        curves = WandbCurves(options, run_id, {}, directory)
+        curves.summarise(scores)
+        curves.close()
+    except wandb.Error as error:
+        raise NotSent(f"{type(error).__name__}: {error}") from error
 
 
 def offline_runs(attempts: Path) -> list[Path]:
-    """The runs below a stage's attempts/ that were written offline and not sent yet: arguments of `wandb sync`."""
+    """The runs below a trajectory's attempts/ (any folder of folders) that were written offline and not sent yet: arguments of `wandb sync`."""
     found = sorted(attempts.glob("*/wandb/offline-run-*"))
     return [run for run in found if not list(run.glob("*.wandb.synced"))]  # the mark that `wandb sync` leaves
+
+
+def why_offline() -> str:
+    """What makes runs be written offline now, in words."""
+    mode = os.environ.get("WANDB_MODE")
+    return f"WANDB_MODE is {mode}" if mode else "there is no API key (wandb login)"
 
 
 def _mode() -> str:
