@@ -110,4 +110,4 @@ def _fitting(fixed: list[Column], scored: list[Column], width: int) -> list[tupl
 
 def _width(column: Column) -> int:
     heading, _, cells = column
-    return max(map(len, [*heading.split("\n"), *cells])) + 2
+    return max(map(len, [*heading.split("\n"), *cells])) + 3  # with the padding and the gap between columns
