@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from zexp.data import embedded, recipe
-from zexp.data.documents import Tally, documents
+from zexp.data.documents import Tally, documents, sample
 from zexp.store.fingerprint import DigestCache
 
 
@@ -63,4 +63,13 @@ def test_the_numerics_of_a_view_enter_its_corpus(tmp_path):
     made = recipe.source_semantic(
         "b", {"kind": "embedded", "view": "base", "packages": ["numpy"]}, store_root=tmp_path, directory=tmp_path
     )
-    assert recipe.source_numerics(made) == {"data.embedded": 1, "data.docstrings": 1}
+    assert recipe.source_numerics(made) == {"data.embedded": 2, "data.docstrings": 1}
+
+
+def test_no_held_out_topic_trains_the_tokenizer(tmp_path):
+    made = embedded.semantic("high_quality", ["topics"], DigestCache(None), "source")
+    found = list(documents(made, 0.3, directory=tmp_path))
+    heldout, training = ({d.text for d in found if d.heldout is side} for side in (True, False))
+    assert len(heldout) > 5
+    sampled = set(sample(made, 0.3, 10**9, directory=tmp_path))
+    assert sampled >= training and not sampled & heldout

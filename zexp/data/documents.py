@@ -95,11 +95,13 @@ def sample(
     if source["kind"] == "embedded":
         chosen = sorted(_files(source, cache), key=lambda item: item[1][16:])
         for file, digest, data in chosen:
-            if is_heldout(digest, heldout):
+            if file.package != "topics" and is_heldout(digest, heldout):
                 continue
             for document in _documents_of(source["view"], file, data, False, tally):
                 if taken >= size:
                     return
+                if file.package == "topics" and is_heldout(document.digest, heldout):
+                    continue
                 taken += len(document.text.encode())
                 yield document.text
         return

@@ -20,7 +20,7 @@ from typing import Any
 from zexp.config.errors import ConfigError
 from zexp.store.fingerprint import DigestCache
 
-NUMERICS = {"data.embedded": 1}
+NUMERICS = {"data.embedded": 2}
 PACKAGES = {  # by view
     "base": ("stdlib", "numpy", "scipy"),
     "high_quality": ("stdlib", "numpy", "scipy", "topics"),
