@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.blocks.archs import MIXED, SHARED, TINY, architectures
-from zexp.blocks.resolve import numerics, resolve_model
+from zexp.blocks import options, resolve
+from zexp.blocks.attention import spec as attention
+from zexp.blocks.resolve import Norm, Stack, numerics, resolve_model, specs_of, stack_of
 from zexp.config.errors import ConfigError
+from zexp.config.identity import semantic
+from zexp.store.ids import semantic_id
 
 
 def test_every_default_is_filled_in():
@@ -108,3 +114,108 @@ def test_resolving_and_counting_do_not_import_torch():
         "zexp.calc.model.block_table(resolve_model(MIXED, 64), 32)\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterAttention(attention.Spec):
+    """Attention with keys that came later.
+
+    softcap: a plain one. value_heads: null = heads. inner, outer: null = the other, or 1.
+    """
+
+    softcap: float = semantic(30.0, absent=0.0)
+    value_heads: int | None = semantic(None, absent=None)
+    inner: int | None = semantic(None, absent=None)
+    outer: int | None = semantic(None, absent=None)
+
+    def completed(self, width: int) -> LaterAttention:
+        full = super().completed(width)
+        assert isinstance(full, LaterAttention)
+        return replace(
+            full,
+            value_heads=self.heads if self.value_heads is None else self.value_heads,
+            inner=self.inner or self.outer or 1,
+            outer=self.outer or self.inner or 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterNorm(Norm):
+    offset: bool = semantic(True, absent=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterStack(Stack):
+    norm: LaterNorm = field(default_factory=LaterNorm)
+    embedding_scale: float = semantic(2.0, absent=1.0)
+
+
+def arch(**keys):
+    return {"pattern": "a", "width": 16, "blocks": {"a": {"heads": 4, **keys}}}
+
+
+@pytest.fixture
+def later_attention(monkeypatch):
+    before = resolve_model(arch(), 8)
+    monkeypatch.setattr(attention, "Spec", LaterAttention)
+    return before
+
+
+def test_a_blocks_later_key_that_means_as_before_changes_no_id(later_attention):
+    assert semantic_id(resolve_model(arch(softcap=0.0), 8)) == semantic_id(later_attention)
+    changed = resolve_model(arch(), 8)["blocks"]["a"]
+    assert changed == {**later_attention["blocks"]["a"], "softcap": 30.0}
+
+
+def test_an_older_block_is_read_as_before_whatever_the_default_is_now(later_attention):
+    spec = specs_of(later_attention)["a"]
+    assert isinstance(spec, LaterAttention)
+    assert (spec.softcap, spec.value_heads, spec.inner, spec.outer) == (0.0, 4, 1, 1)
+
+
+def test_a_later_key_that_the_width_completes_is_left_out_when_it_becomes_what_it_was(later_attention):
+    assert resolve_model(arch(softcap=0.0, value_heads=4), 8) == later_attention
+    assert resolve_model(arch(softcap=0.0, value_heads=2), 8)["blocks"]["a"]["value_heads"] == 2
+    # One of the two says both; without either, both would be 1.
+    both = resolve_model(arch(softcap=0.0, inner=4, outer=4), 8)["blocks"]["a"]
+    assert len({"inner", "outer"} & set(both)) == 1
+
+
+SIZE = st.sampled_from([None, 1, 2, 4])
+
+
+@given(st.fixed_dictionaries({}, optional={"softcap": st.floats(0, 9), "value_heads": SIZE, "inner": SIZE, "outer": SIZE}))
+def test_what_a_block_leaves_out_is_read_back(keys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "Spec", LaterAttention)
+        model = resolve_model(arch(**keys), 8)
+        asked, _ = options.read(LaterAttention, arch(**keys)["blocks"]["a"], "here")
+        assert asked is not None
+        assert specs_of(model)["a"] == asked.completed(16)
+
+
+def test_a_block_that_lacks_a_key_of_its_time_is_refused():
+    model = resolve_model(arch(), 8)
+    del model["blocks"]["a"]["bias"]
+    with pytest.raises(ConfigError, match=r"arch\.blocks\.a\.bias: this semantic block lacks the key"):
+        specs_of(model)
+
+
+def test_later_keys_of_the_stack_and_its_norm_stay_out_while_they_mean_as_before(monkeypatch):
+    before = resolve_model(arch(), 8)
+    assert stack_of(before) == Stack(width=16)
+    monkeypatch.setattr(resolve, "Stack", LaterStack)
+    as_before = {**arch(), "embedding_scale": 1.0, "norm": {"offset": False}}
+    assert resolve_model(as_before, 8) == before
+    assert stack_of(before) == LaterStack(width=16, norm=LaterNorm(offset=False), embedding_scale=1.0)
+    now = resolve_model(arch(), 8)
+    assert (now["embedding_scale"], now["norm"]["offset"]) == (2.0, True)
+    assert stack_of(now) == LaterStack(width=16)
+
+
+def test_numbers_with_more_digits_than_ids_have_are_rounded_before_anything_reads_them():
+    table = {**arch(rope_theta=10_000.123456789012), "norm": {"eps": 1.2345678901234e-5}}
+    model = resolve_model(table, 8)
+    assert model["norm"]["eps"] == 1.23456789012e-5
+    assert model["blocks"]["a"]["rope_theta"] == 10_000.1234568
+    semantic_id(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zexp.config.errors import ConfigError
+from zexp.config.identity import semantic
 from zexp.data.documents import Document
 from zexp.evaluate import builders
 
@@ -169,3 +172,31 @@ def test_options_are_filled_in_and_mistakes_are_said_at_once() -> None:
         ConfigError, match=r"here\.builder = 'bpb': there is bits_per_byte, docstrings, last_words, recall"
     ):
         builders.check({"builder": "bpb"}, "here")
+
+
+def test_a_later_option_stays_out_of_ids_and_is_read_as_before_whatever_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = builders.check({"builder": "recall", "items": 7}, "here")
+
+    @dataclass(frozen=True)
+    class Later(builders.Recall):
+        """Its default has changed since it came: 3, where blocks without the key mean 1."""
+
+        lines: int = semantic(3, absent=1)
+
+    monkeypatch.setitem(builders.OPTIONS, "recall", Later)
+    monkeypatch.setitem(builders.BUILDERS, "recall", partial(builders.stored, Later))
+    assert builders.check({"builder": "recall", "items": 7, "lines": 1}, "here")[0] == before
+    assert builders.check({"builder": "recall", "items": 7}, "here")[0] == {**before, "lines": 3}
+    assert builders.BUILDERS["recall"](items=7, pairs=8) == Later(7, 8, 1)
+    assert builders.BUILDERS["recall"](items=7, pairs=8, lines=3) == Later(7, 8, 3)
+
+
+@pytest.mark.parametrize("name", builders.BUILDERS)
+def test_options_are_read_back_from_what_is_hashed(name: str) -> None:
+    options, _ = builders.check({"builder": name}, "here")
+    assert builders.BUILDERS[options.pop("builder")](**options) == builders.OPTIONS[name]()
+
+
+def test_a_block_that_lacks_an_option_of_its_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="Recall: this semantic block lacks items"):
+        builders.BUILDERS["recall"](pairs=8)

@@ -7,8 +7,10 @@ attention scores are causal. Bytes are those of decoding one sequence.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
+
+from zexp.config.identity import absents, table_dict
 
 Role = Literal["mixer", "channel", "feeder"]
 
@@ -16,6 +18,10 @@ Role = Literal["mixer", "channel", "feeder"]
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec(ABC):
     """The keys of one block; a subclass adds its own as dataclass fields.
+
+    All of them are semantic. A key that is added to a block that results were made with declares the value that means
+    "as before": `softcap: float = semantic(0.0, absent=0.0)`, see zexp.config.identity. `completed` gets that value
+    too; where it makes something else of it (null -> heads), that something is as before and must stay so.
 
     ROLE: mixer (mixes along the sequence), channel (mixes channels), feeder (a shared block whose output is added
     to the input of the layer it is written with).
@@ -50,9 +56,21 @@ class BlockSpec(ABC):
         """Cache of fixed size, per layer or call."""
         return 0
 
-    def table(self) -> dict[str, Any]:
-        """The keys as plain data, as they stand in a model's semantic block."""
-        return asdict(self)
+    def table(self, width: int) -> dict[str, Any]:
+        """The completed keys as plain data, as they stand in a model's semantic block.
+
+        A key is left out where its `absent` value, completed, makes the same spec: so an explicit kv_heads=heads and
+        a null that becomes it are one block.
+        """
+        full = self.completed(width)
+        short = full
+        left_out: set[str] = set()
+        for key, absent in absents(full).items():
+            without = replace(short, **{key: absent})
+            if without.completed(width) == full:
+                short = without
+                left_out.add(key)
+        return {key: value for key, value in table_dict(full).items() if key not in left_out}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from zexp.blocks import options, pattern
 from zexp.blocks.base import BlockSpec, FeederSpec
 from zexp.blocks.table import TABLE, spec_class
 from zexp.config.errors import ConfigError, Problems
+from zexp.config.identity import table_dict
 
 # Mathematics outside the blocks: embedding, residual stream, final norm, head, loss, initial weights.
 MODEL_NUMERICS = {"kernel.cross_entropy": 1, "kernel.rms_norm": 1, "model.init": 1, "model.stack": 1}
@@ -38,6 +39,7 @@ class Stack:
 def resolve_model(arch: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The semantic block of a model: pattern, vocab_size, width, tie_embeddings, norm, blocks; every key filled in.
 
+    A key that equals its `absent` value is left out: read it with stack_of and specs_of.
     arch: pattern, width, tie_embeddings, norm, blocks (one table a letter).
     Raises ConfigError with every problem: the pattern, unknown letters and keys, unused tables, sizes that do not fit.
     """
@@ -64,17 +66,24 @@ def resolve_model(arch: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     return {
         "pattern": layers,
         "vocab_size": vocab_size,
-        "width": stack.width,
-        "tie_embeddings": stack.tie_embeddings,
-        "norm": asdict(stack.norm),
-        "blocks": {letter: spec.table() for letter, spec in specs.items()},
+        **table_dict(stack),
+        "blocks": {letter: spec.table(stack.width) for letter, spec in specs.items()},
     }
+
+
+def stack_of(model: Mapping[str, Any]) -> Stack:
+    """The keys of a resolved model besides pattern and blocks. Raises ConfigError if they are not legal."""
+    rest = {key: value for key, value in model.items() if key not in ("pattern", "vocab_size", "blocks")}
+    stack, wrong = options.read(Stack, rest, "model", stored=True)
+    if stack is None:
+        raise ConfigError(wrong)
+    return stack
 
 
 def specs_of(model: Mapping[str, Any]) -> dict[str, BlockSpec]:
     """The specs of a resolved model's blocks, by letter. Raises ConfigError if the block tables are not legal."""
     problems = Problems()
-    specs = _specs(model["pattern"], model["blocks"], model["width"], problems)
+    specs = _specs(model["pattern"], model["blocks"], model["width"], problems, stored=True)
     problems.raise_if_any()
     return specs
 
@@ -98,7 +107,9 @@ def _layers(written: Any, problems: Problems) -> list[str]:
         return []
 
 
-def _specs(layers: list[str], tables: Mapping[str, Any], width: int | None, problems: Problems) -> dict[str, BlockSpec]:
+def _specs(
+    layers: list[str], tables: Mapping[str, Any], width: int | None, problems: Problems, stored: bool = False
+) -> dict[str, BlockSpec]:
     """A spec for every known letter of the layers, completed and checked as far as the width is known."""
     used = pattern.letters(layers)
     for letter in used:
@@ -117,7 +128,7 @@ def _specs(layers: list[str], tables: Mapping[str, Any], width: int | None, prob
             continue
         where = f"arch.blocks.{letter}"
         table = tables.get(letter)
-        spec, wrong = options.read(spec_class(letter), {} if table is None else table, where)
+        spec, wrong = options.read(spec_class(letter), {} if table is None else table, where, stored)
         problems.extend(wrong)
         if spec is None or width is None:
             continue

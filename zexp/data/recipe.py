@@ -23,7 +23,28 @@ READS = {  # which of Source's keys a kind reads, besides kind and max_bytes
     "parquet": ("files", "text_key"),
 }
 STRATEGIES = ("concat",)
+# The blocks below are written by hand. A key that one of them gets later stands here with its `absent` value, the one
+# that means "as before" (zexp.config.identity): `as_hashed` leaves it out while it equals that, so older ids stay, and
+# what reads it reads `as_meant`. The default in the schema may change freely; a value here never.
+ABSENT: dict[str, dict[str, Any]] = {
+    "source": {"max_bytes": None},
+    "split": {},
+    "tokenizer": {},
+    "corpus": {},
+    "packing": {},
+}
 SMALLEST_VOCAB = 257  # the 256 bytes and <|eod|>
+
+
+def as_hashed(block: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """A block without the keys that equal their absent value. block: a name in ABSENT."""
+    absent = ABSENT[block]
+    return {key: value for key, value in keys.items() if key not in absent or value != absent[key]}
+
+
+def as_meant(block: str, semantic: dict[str, Any]) -> dict[str, Any]:
+    """A block as read back, with the absent value of every key that it lacks."""
+    return ABSENT[block] | semantic
 
 
 def source_semantic(
@@ -50,11 +71,11 @@ def source_semantic(
         made = embedded.semantic(source.get("view"), source.get("packages"), DigestCache(cache / "files.json"), key)
     else:
         made = local.semantic(source, Path(directory), cache, key)
-    if source.get("max_bytes") is not None:
-        made["max_bytes"] = parse_tokens(source["max_bytes"], f"{key}.max_bytes")
-        if made["max_bytes"] == 0:
-            raise ConfigError(f"{key}.max_bytes is 0, which leaves nothing. Give a number, or null for all.")
-    return made
+    bound = source.get("max_bytes")
+    made["max_bytes"] = None if bound is None else parse_tokens(bound, f"{key}.max_bytes")
+    if made["max_bytes"] == 0:
+        raise ConfigError(f"{key}.max_bytes is 0, which leaves nothing. Give a number, or null for all.")
+    return as_hashed("source", made)
 
 
 def tokenizer_semantic(corpus: dict[str, Any], sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -92,7 +113,7 @@ def tokenizer_semantic(corpus: dict[str, Any], sources: dict[str, dict[str, Any]
         for name, part in zip(shares, parts, strict=True)
         if part > 0
     ]
-    return {
+    made = {
         "kind": "bpe",
         "vocab_size": config["vocab_size"],
         "sample_bytes": sample_bytes,
@@ -103,17 +124,19 @@ def tokenizer_semantic(corpus: dict[str, Any], sources: dict[str, dict[str, Any]
             **{k: v for one in used for k, v in source_numerics(one["source"]).items()},
         },
     }
+    return as_hashed("tokenizer", made)
 
 
 def corpus_semantic(corpus: dict[str, Any], source: dict[str, Any], tokenizer_id: str) -> dict[str, Any]:
     """The semantic block of one source's corpus."""
-    return {
+    made = {
         "source": source,
         "split": split(corpus),
         "seed": corpus["seed"],
         "tokenizer": tokenizer_id,
         "numerics": {"data.corpus": NUMERICS["data.corpus"], **source_numerics(source)},
     }
+    return as_hashed("corpus", made)
 
 
 def packing_semantic(corpus: dict[str, Any], corpus_id: str, seq_len: int) -> dict[str, Any]:
@@ -126,12 +149,13 @@ def packing_semantic(corpus: dict[str, Any], corpus_id: str, seq_len: int) -> di
         problems.append(f"seq_len = {seq_len!r}: a sequence has a whole number of tokens, at least 1.")
     if problems:
         raise ConfigError(problems)
-    return {
+    made = {
         "corpus": corpus_id,
         "seq_len": seq_len,
         "strategy": strategy,
         "numerics": {"data.packing": NUMERICS["data.packing"]},
     }
+    return as_hashed("packing", made)
 
 
 def split(corpus: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +163,7 @@ def split(corpus: dict[str, Any]) -> dict[str, Any]:
     heldout = corpus["heldout"]
     if isinstance(heldout, bool) or not isinstance(heldout, int | float) or not 0 <= heldout < 1:
         raise ConfigError(f"corpus.heldout = {heldout!r}: a share of at least 0 and below 1, e.g. 0.05.")
-    return {"heldout": round12(float(heldout))}
+    return as_hashed("split", {"heldout": round12(float(heldout))})
 
 
 def source_numerics(source: dict[str, Any]) -> dict[str, int]:
@@ -157,9 +181,8 @@ def tokens_bound(source: dict[str, Any]) -> int:
         bound: int = source["files"]["bytes"] + 200 * source["files"]["files"]
     else:
         bound = source["counts"]["bytes"] + source["counts"]["documents"]
-    if "max_bytes" in source:  # a document has at least one byte
-        bound = min(bound, 2 * int(source["max_bytes"]))
-    return bound
+    most = as_meant("source", source)["max_bytes"]
+    return bound if most is None else min(bound, 2 * int(most))  # a document has at least one byte
 
 
 def _unbounded(source: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,13 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zexp.config.errors import ConfigError
+from zexp.config.identity import absents, table_dict
 from zexp.evaluate import names
 
 if TYPE_CHECKING:
@@ -66,12 +68,31 @@ class Recall:
     READS = (TOKENIZER,)
 
 
-BUILDERS: dict[str, type[BitsPerByte | Docstrings | LastWords | Recall]] = {
+Options = BitsPerByte | Docstrings | LastWords | Recall
+T = TypeVar("T")
+
+
+def stored(cls: type[T], **options: Any) -> T:
+    """Options from a semantic block: a key that it lacks is its `absent` value, never the default.
+
+    An option that is added later is declared `name: int = semantic(default, absent=value)`, see zexp.config.identity.
+    Raises ValueError for a key that the block must have.
+    """
+    absent = absents(cls)
+    lacks = [f.name for f in fields(cls) if f.name not in options and f.name not in absent]  # type: ignore[arg-type]
+    if lacks:
+        raise ValueError(f"{cls.__name__}: this semantic block lacks {', '.join(lacks)}.")
+    return cls(**(absent | options))
+
+
+OPTIONS: dict[str, type[Options]] = {
     "bits_per_byte": BitsPerByte,
     "docstrings": Docstrings,
     "last_words": LastWords,
     "recall": Recall,
 }
+# Builder -> its options from what a semantic block says besides the builder's name, as keyword arguments.
+BUILDERS: dict[str, Callable[..., Options]] = {name: partial(stored, cls) for name, cls in OPTIONS.items()}
 # Raised when the same options and text give other items.
 NUMERICS = {"tasks.bits_per_byte": 1, "tasks.docstrings": 1, "tasks.last_words": 1, "tasks.recall": 1}
 SMALLEST = {"choices": 2, "pairs": 2}  # every other option: 1
@@ -80,15 +101,16 @@ SMALLEST = {"choices": 2, "pairs": 2}  # every other option: 1
 def check(asked: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(options with every default filled in, what the builder reads) of a YAML's metadata.zexp.documents.
 
+    Options that equal their `absent` value are left out, see `stored`.
     `source` is not among the options: it is the corpus whose id stands beside them. where: what to call it in an error.
     Raises ConfigError with every unknown key and wrong number.
     """
     name = asked.get("builder")
-    if name not in BUILDERS:
-        raise ConfigError(f"{where}.builder = {name!r}: there is {', '.join(BUILDERS)}.")
-    builder = BUILDERS[name]
-    known = {f.name: f.default for f in fields(builder)}
-    options: dict[str, Any] = {"builder": name, **known}
+    if name not in OPTIONS:
+        raise ConfigError(f"{where}.builder = {name!r}: there is {', '.join(OPTIONS)}.")
+    builder = OPTIONS[name]
+    known = [f.name for f in fields(builder)]
+    options: dict[str, Any] = {}
     problems = []
     for key, value in asked.items():
         if key in ("builder", "source"):
@@ -105,7 +127,7 @@ def check(asked: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str,
         problems.append(f"{where}.source is set, but {name} reads no source. Take it out.")
     if problems:
         raise ConfigError(problems)
-    return options, builder.READS
+    return {"builder": name, **table_dict(builder(**options))}, builder.READS
 
 
 def numerics(builder: str) -> dict[str, int]:

@@ -11,14 +11,9 @@ import json
 import math
 from typing import Any
 
+from zexp.config.identity import round12
+
 SHORT = 16  # hex digits of an id in folder names; config.yaml holds all 64 and is compared on use
-
-
-def round12(x: float) -> float:
-    """x to 12 significant digits, never −0.0. Raises ValueError for NaN and infinities."""
-    if not math.isfinite(x):
-        raise ValueError(f"round12({x}): only finite numbers can be part of an id.")
-    return float(f"{x:.12g}") + 0.0  # −0.0 + 0.0 is 0.0
 
 
 def canonical_json(obj: Any) -> str:

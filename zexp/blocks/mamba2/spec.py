@@ -48,7 +48,8 @@ class Spec(BlockSpec):
         return self.inner(width) + 2 * self.groups * self.state_size
 
     def problems(self, width: int, where: str) -> list[str]:
-        found = unit_problems(self.table(), where)
+        sizes = ("expand", "state_size", "head_dim", "groups", "conv_width", "chunk")
+        found = unit_problems({key: getattr(self, key) for key in sizes}, where)
         if found:
             return found
         inner = self.inner(width)
