@@ -11,7 +11,7 @@ from typing import Any
 
 from zexp.blocks import pattern
 from zexp.blocks.base import FeederSpec
-from zexp.blocks.resolve import specs_of
+from zexp.blocks.resolve import specs_of, stack_of
 
 TRAIN_PER_FORWARD = 3  # a backward pass is two forward passes; nothing is recomputed
 
@@ -37,8 +37,9 @@ def block_table(model: Mapping[str, Any], seq_len: int, element_bytes: int = 2) 
 
     seq_len: length at which attention is counted. element_bytes: size of a cached number (2 = bf16).
     """
-    width, vocab, layers = model["width"], model["vocab_size"], model["pattern"]
-    head = 0 if model["tie_embeddings"] else vocab * width
+    stack, vocab, layers = stack_of(model), model["vocab_size"], model["pattern"]
+    width = stack.width
+    head = 0 if stack.tie_embeddings else vocab * width
     rows = [Row(name="embedding", letter=None, count=1, parameters=vocab * width, flops=0.0)]
     for letter, spec in specs_of(model).items():
         if isinstance(spec, FeederSpec):
@@ -67,8 +68,9 @@ def block_table(model: Mapping[str, Any], seq_len: int, element_bytes: int = 2) 
 def parameters(model: Mapping[str, Any]) -> dict[str, int]:
     """total: stored weights, a tied matrix once. active: used for one token. embedding: input matrix and untied head."""
     total = sum(row.parameters for row in block_table(model, seq_len=1))
-    matrices = 1 if model["tie_embeddings"] else 2
-    return {"total": total, "active": total, "embedding": matrices * model["vocab_size"] * model["width"]}
+    stack = stack_of(model)
+    matrices = 1 if stack.tie_embeddings else 2
+    return {"total": total, "active": total, "embedding": matrices * model["vocab_size"] * stack.width}
 
 
 def flops_per_token(model: Mapping[str, Any], seq_len: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from zexp.blocks import pattern
 from zexp.blocks.base import BlockSpec, FeederSpec
 from zexp.blocks.init import Draw
 from zexp.blocks.norm import RmsNorm
-from zexp.blocks.resolve import specs_of
+from zexp.blocks.resolve import specs_of, stack_of
 from zexp.blocks.table import layer_module
 from zexp.kernels.cross_entropy.torch_backend import linear_cross_entropy
 from zexp.kernels.documents import Documents
@@ -52,7 +52,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.semantic = dict(model)
         specs = specs_of(model)
-        width, eps, layers = model["width"], model["norm"]["eps"], model["pattern"]
+        stack, layers = stack_of(model), model["pattern"]
+        width, eps = stack.width, stack.norm.eps
         self.embedding = nn.Embedding(model["vocab_size"], width)
         self.shared = nn.ModuleDict(
             {
@@ -63,7 +64,7 @@ class LanguageModel(nn.Module):
         )
         self.layers = nn.ModuleList(Residual(layer, specs, width, eps) for layer in layers)
         self.norm = RmsNorm(width, eps)
-        self.head = None if model["tie_embeddings"] else nn.Linear(width, model["vocab_size"], bias=False)
+        self.head = None if stack.tie_embeddings else nn.Linear(width, model["vocab_size"], bias=False)
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draws every parameter; the model must be on the CPU in fp32."""

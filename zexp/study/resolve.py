@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue
 from zexp.blocks import resolve as blocks_resolve
 from zexp.calc import model as calc_model
 from zexp.config.errors import ConfigError, Problems
+from zexp.config.identity import semantic_dict
 from zexp.config.schema import Corpus, Mix, Run, Source
 from zexp.data import recipe
 from zexp.evaluate import plan as evaluate_plan
@@ -200,13 +201,7 @@ class Resolver:
             return None
 
     def _model(self, run: Run) -> tuple[dict[str, Any], dict[str, int], dict[str, int], dict[str, float]]:
-        arch = {
-            "pattern": run.arch.pattern,
-            "width": run.arch.width,
-            "tie_embeddings": run.arch.tie_embeddings,
-            "norm": {"kind": run.arch.norm.kind, "eps": run.arch.norm.eps},
-            "blocks": run.arch.blocks,
-        }
+        arch = semantic_dict(run.arch)
         vocab = run.corpus.tokenizer.vocab_size
         key = json.dumps([arch, vocab, run.seq_len], sort_keys=True)
         if key not in self._models:

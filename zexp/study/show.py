@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from zexp.blocks import resolve as blocks_resolve
 from zexp.calc import model as calc_model
+from zexp.config.identity import semantic_dict
 from zexp.config.tokens import say_tokens
 from zexp.store.folder import Store
 from zexp.study.plan import Plan, Stage, bins_known, ledger_of
@@ -122,14 +123,7 @@ def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
     answers: list[dict[str, Any]] = []
     for one in composed:
         run = run_of(one.config)
-        arch = {
-            "pattern": run.arch.pattern,
-            "width": run.arch.width,
-            "tie_embeddings": run.arch.tie_embeddings,
-            "norm": {"kind": run.arch.norm.kind, "eps": run.arch.norm.eps},
-            "blocks": run.arch.blocks,
-        }
-        model = blocks_resolve.resolve_model(arch, run.corpus.tokenizer.vocab_size)
+        model = blocks_resolve.resolve_model(semantic_dict(run.arch), run.corpus.tokenizer.vocab_size)
         answers.append(
             {
                 "arch": one.choices.get("arch"),
