@@ -59,14 +59,15 @@ STAGES = {
     "eval cloze 10240 control": "2f5d12d0b3f2f2e8",
     "eval recall 10240 control": "85b032595b82d74d",
 }
-DOCSTRING = "beed0be04652b469"  # the recipe of the documents of evals/docstring.yaml
+DOCSTRING = "3964ef1eb18a40e3"  # the recipe of the documents of evals/docstring.yaml
 
 TEXT = "".join(f"Paragraph {n} says that {n} and {n + 1} make {2 * n + 1}.\n\n" for n in range(400)).encode()
 OVERRIDES = (
     "corpus.sources={base:{kind:text,view:null,files:a.txt,documents:paragraph},"
     "high_quality:{kind:text,view:null,files:b.txt,documents:paragraph}}",
     "corpus.tokenizer.vocab_size=4096", "seq_len=64", "phases.pretrain.tokens=8K", "phases.pretrain.batch_tokens=512",
-    "schedule.warmup_tokens=1K", "anneal.tokens=2K", "anneal.warmup_tokens=512", "eval.tasks=[bpb,cloze,recall]",
+    "schedule.peak_lr=3e-3", "schedule.warmup_tokens=1K", "anneal.tokens=2K", "anneal.warmup_tokens=512",
+    "eval.tasks=[bpb,cloze,recall]",
     "mix.sources.base.max_epochs=null",
 )  # fmt: skip
 

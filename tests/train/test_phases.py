@@ -8,8 +8,9 @@ from zexp.train.phases import Chain, compile_chain
 
 
 def chain(*overrides: str, numerics: dict[str, int] | None = None) -> Chain:
+    own = [] if any(text.startswith("schedule.peak_lr=") for text in overrides) else ["schedule.peak_lr=3e-3"]
     return compile_chain(
-        run(*overrides),
+        run(*overrides, *own),
         model={"pattern": ["a", "d"], "width": 128},
         model_numerics=numerics or {"block.attention": 1},
         tokenizer="7" * 64,
