@@ -6,10 +6,8 @@ The files differ between environments, and so do the ids and scores made from th
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import sysconfig
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zexp.config.errors import ConfigError
-from zexp.store.fingerprint import DigestCache
+from zexp.store.fingerprint import DigestCache, file_fingerprint
 
 NUMERICS = {"data.embedded": 2}
 PACKAGES = {  # by view
@@ -58,20 +56,8 @@ def semantic(view: str | None, packages: list[str] | None, cache: DigestCache, k
     if problems:
         raise ConfigError(problems)
     names = [name for name in PACKAGES[view] if name in names]
-    rows = []
-    for name in names:
-        rows += [[file.name, *cache.sha256(Path(file.path))] for file in files(name, key)]
-    cache.save()
-    return {
-        "kind": "embedded",
-        "view": view,
-        "packages": names,
-        "files": {
-            "files": len(rows),
-            "bytes": sum(row[1] for row in rows),
-            "sha256": hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest(),
-        },
-    }
+    named = [(file.name, Path(file.path)) for name in names for file in files(name, key)]
+    return {"kind": "embedded", "view": view, "packages": names, "files": file_fingerprint(named, cache)}
 
 
 def files(package: str, key: str = "source") -> list[EmbeddedFile]:

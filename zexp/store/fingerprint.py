@@ -57,17 +57,11 @@ class DigestCache:
         self._known, self._new = None, {}
 
 
-def file_fingerprint(paths: Iterable[Path], base: Path, cache: DigestCache) -> dict[str, Any]:
-    """{files: number, bytes: sum, sha256 over all (name relative to base, bytes, sha256), sorted by name}.
-
-    So it depends on names below base and contents, not on where base is.
-    Raises ValueError for a path outside base.
+def file_fingerprint(named: Iterable[tuple[str, Path]], cache: DigestCache) -> dict[str, Any]:
+    """{files: number, bytes: sum, sha256 over all (name, bytes, sha256), sorted by name} of files with the names that
+    identify them, so it does not depend on where they are. What was read stays in the cache.
     """
-    rows = []
-    for path in paths:
-        size, digest = cache.sha256(path)
-        rows.append([Path(os.path.abspath(path)).relative_to(os.path.abspath(base)).as_posix(), size, digest])
-    rows.sort()
+    rows = sorted([name, *cache.sha256(path)] for name, path in named)
     cache.save()
     return {
         "files": len(rows),
