@@ -9,7 +9,7 @@ import pytest
 
 
 def zexp(*words: str, cwd: Path, store: Path | None = None) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "ZEXP_STORE": str(store or cwd / "store"), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ZEXP_STORE": str(store or cwd / "store"), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "zexp.cli", *words], cwd=cwd, env=env, capture_output=True, text=True)
 
 
@@ -47,7 +47,7 @@ def test_all_of_zexps_own_mistakes_are_reported_together(tmp_path):
     assert done.returncode == 2
     said = ("blocks.a.heads = 5", "device = 'tpu'", "bpb_bass", "weight = -1", "tokens = 'abc'", "shape = 'round'", "eps = 0")
     assert [text for text in said if text not in done.stderr] == []
-    assert "problems; nothing was started" in done.stderr
+    assert "problems; no training was started" in done.stderr
 
 
 def test_an_unknown_verb_and_study_are_named(tmp_path):
@@ -96,3 +96,33 @@ def test_other_wrong_requests_are_one_text_too(words, says, tmp_path):
         assert text in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("store/trajectory/*")), "something was started"
+
+
+@pytest.mark.parametrize("verb", ["plan", "calc", "run"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["+archh=slim"], ["archh: there is no such key. Did you mean arch?"]),
+        (["+optim.weight_decy=0.5", "+study.naem=x"], ["Did you mean optim.weight_decay?", "Did you mean study.name?"]),
+        (["++anneal.tokenz=1K"], ["Did you mean anneal.tokens?"]),
+    ],
+)
+def test_a_key_that_plus_adds_and_nothing_reads_is_refused(verb, words, says, tmp_path):
+    done = zexp(verb, *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for text in says:
+        assert text in done.stderr
+
+
+def test_yaml_that_does_not_parse_is_named_with_its_line(tmp_path):
+    (tmp_path / "conf" / "arch").mkdir(parents=True)
+    (tmp_path / "conf" / "arch" / "bad.yaml").write_text("pattern: m\nblocks:\n\tm: {}\n")
+    done = zexp("plan", "arch=bad", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "bad.yaml" in done.stderr and "line 3" in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
+    done = zexp("run", "execution.device=cuda", cwd=tmp_path)
+    assert done.returncode == 2 and "shows no GPU" in done.stderr
+    assert not (tmp_path / "store" / "studies").exists()

@@ -56,6 +56,33 @@ def test_the_shell_completes_choices_after_the_verb(tmp_path, line, expected):
     assert expected in done.stdout.split()
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("zexp ", {"run", "plan", "calc", "status", "report", "logs", "init"}), ("zexp r", {"run", "report"}),
+     ("zexp status qu", {"quickstart"}), ("zexp init x", set())],
+)  # fmt: skip
+def test_the_shell_completes_verbs_and_studies(tmp_path, line, offered):
+    (tmp_path / "store/studies/quickstart").mkdir(parents=True)
+    (tmp_path / "store/studies/quickstart/variants.json").write_text("{}")
+    done = zexp("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)), ZEXP_STORE="store")
+    assert set(done.stdout.split()) == offered and done.stderr == ""
+
+
+def test_stages_that_a_seed_or_a_rate_tells_apart_have_it_in_their_labels(tmp_path):
+    done = zexp("plan", "--json", "-m", "schedule.peak_lr=1e-3,2e-3", "seed=0,1", cwd=tmp_path)
+    stages = json.loads(done.stdout)["stages"]
+    labels = [stage["label"] for stage in stages if stage["kind"] in ("segment", "eval")]
+    assert len(set(labels)) == len(labels)
+    assert "peak_lr=0.001,seed=1 pretrain" in labels and "peak_lr=0.001,seed=1@pretrain cloze" in labels
+
+
+def test_calc_of_a_study_shows_each_architecture_once(tmp_path):
+    done = zexp("calc", "--json", "+sweeps=quickstart", cwd=tmp_path)
+    assert [one["arch"] for one in json.loads(done.stdout)["architectures"]] == ["transformer_tiny", "mamba2_tiny", "zamba2_tiny"]
+    text = zexp("calc", "arch=mamba2_tiny", cwd=tmp_path).stdout
+    assert "vocabulary 4096" in text and "A state takes 15.5 MB" in text
+
+
 def test_several_values_are_a_study_named_by_its_axes(tmp_path):
     done = zexp("plan", "--json", "-m", "arch=mamba2_tiny,zamba2_tiny", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

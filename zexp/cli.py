@@ -26,12 +26,17 @@ Exit codes: 0 all done · 1 a stage failed or diverged · 2 the request was wron
 """
 
 HYDRA_VERBS = ("run", "plan", "calc")
+OTHER_VERBS = ("status", "report", "logs", "init")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit code. arguments: without the program's name; None = sys.argv's."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in ("-sc", "--shell-completion"):
+        offered = _verbs_completed(words)
+        if offered is not None:
+            print("\n".join(offered))
+            return 0
         words = _completion(words)
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -46,17 +51,32 @@ def main(arguments: list[str] | None = None) -> int:
         from zexp.hydra_app import hydra_verb
 
         return _guarded(lambda: hydra_verb(verb, rest))
-    other = {"status": "status", "report": "report", "logs": "logs", "init": "init"}
-    if verb not in other:
+    if verb not in OTHER_VERBS:
         import difflib
 
-        near = difflib.get_close_matches(verb, [*HYDRA_VERBS, *other], n=1)
+        near = difflib.get_close_matches(verb, [*HYDRA_VERBS, *OTHER_VERBS], n=1)
         hint = f" Did you mean `zexp {near[0]}`?" if near else ""
         print(f"zexp: {verb!r} is no verb.{hint} `zexp --help` lists them.", file=sys.stderr)
         return 2
     from zexp import verbs
 
-    return _guarded(lambda: getattr(verbs, other[verb])(rest))
+    return _guarded(lambda: getattr(verbs, verb)(rest))
+
+
+def _verbs_completed(words: list[str]) -> list[str] | None:
+    """What stands for a word that no config completes: the verb, or a study's name behind it. None for Hydra's part."""
+    if not any(word.startswith("query=") for word in words):
+        return None
+    line = os.environ.get("COMP_LINE", "")
+    point = int(os.environ.get("COMP_POINT") or len(line))
+    parts = line[:point].split(" ")
+    if len(parts) <= 2:
+        return [verb for verb in (*HYDRA_VERBS, *OTHER_VERBS) if verb.startswith(parts[-1] if len(parts) == 2 else "")]
+    if parts[1] in ("status", "report"):
+        from zexp import verbs
+
+        return [name for name in verbs.studies() if name.startswith(parts[-1])]
+    return [] if parts[1] in OTHER_VERBS else None
 
 
 def _completion(words: list[str]) -> list[str]:
@@ -84,7 +104,7 @@ def _guarded(verb: Callable[[], int]) -> int:
         for problem in error.problems:
             print(f"{'  ' if many else ''}ConfigError: {problem}", file=sys.stderr)
         if many:
-            print(f"{len(error.problems)} problems; nothing was started.", file=sys.stderr)
+            print(f"{len(error.problems)} problems; no training was started.", file=sys.stderr)
         return 2
     except StoreError as error:
         print(f"StoreError: {error}", file=sys.stderr)

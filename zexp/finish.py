@@ -6,8 +6,10 @@ from rich.console import Console
 
 from zexp import report
 from zexp.config.tokens import say_tokens
+from zexp.store.folder import Store
 from zexp.study.execute import Acted
 from zexp.study.launch import progress
+from zexp.study.plan import Stage
 from zexp.study.tracking import send_scores
 
 
@@ -20,7 +22,7 @@ def finish(acted: Acted, *, seconds: float) -> int:
     made = report.build(acted.store.root, acted.study["name"])
     paths = report.write(made)
     report.print_tables(made, console)
-    trained = sum(the_plan.stages[id].to_train for id, o in outcomes.items() if o.status == "done")
+    trained = sum(_trained(the_plan.stages[id], acted.store, outcome.status) for id, outcome in outcomes.items())
     did = f"{say_tokens(trained)} tokens trained" if outcomes else "Nothing to train: everything was in the store"
     console.print(f"{did}; {seconds:.0f} s." if seconds >= 10 else f"{did}; {seconds:.1f} s.")
     console.print(f"Leaderboard: {paths['html']}", soft_wrap=True)
@@ -33,3 +35,12 @@ def finish(acted: Acted, *, seconds: float) -> int:
     retried = {id for id, outcome in outcomes.items() if outcome.status == "done"}
     diverged = any(stage.diverged is not None and stage.id not in retried for stage in the_plan.stages.values())
     return 1 if diverged or statuses & {"failed", "diverged", "skipped"} else 0
+
+
+def _trained(stage: Stage, store: Store, status: str) -> int:
+    """Tokens of a stage that were trained and kept; of one that was not done up to its newest state."""
+    if status == "done" or stage.kind != "segment" or stage.to is None or stage.start is None:
+        return stage.to_train if status == "done" else 0
+    before = stage.start if stage.resume_from is None else stage.resume_from
+    reached = [tokens for tokens in store.folder("trajectory", stage.full_id).states() if tokens <= stage.to]
+    return max(0, max(reached, default=before) - before)

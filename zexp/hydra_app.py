@@ -21,6 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from zexp.config.errors import ConfigError
 from zexp.config.places import conf_dir, user_conf_dir
@@ -58,7 +59,7 @@ def hydra_verb(verb: str, arguments: list[str]) -> int:
     argv, sys.argv = sys.argv, [f"zexp {verb}", *words]
     try:
         app(_task)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_cause(error)) from error
     finally:
         sys.argv = argv

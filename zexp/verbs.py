@@ -26,6 +26,11 @@ def _studies(store: Store) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if (path / "variants.json").is_file())
 
 
+def studies() -> list[str]:
+    """The studies of the store that the environment or the working directory names."""
+    return _studies(Store(Path(os.environ.get("ZEXP_STORE", "store"))))
+
+
 def _study(store: Store, name: str) -> str:
     """The study of that name. Raises ConfigError listing those that there are."""
     known = _studies(store)
@@ -71,12 +76,12 @@ def status(arguments: list[str]) -> int:
     table = Table(box=None, pad_edge=False)
     if options.study:
         for column in ("stage", "kind", "what", "status", ""):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for stage in answer[names[0]]:
             table.add_row(*(stage[key] for key in ("id", "kind", "label", "status", "reason")))
     else:
         for column in ("study", "stages", "done", "running", "failed", "diverged"):
-            table.add_column(column, justify="left" if column == "study" else "right")
+            table.add_column(column, justify="left" if column == "study" else "right", overflow="fold")
         for name in names:
             found = [stage["status"] for stage in answer[name]]
             counts = (str(found.count(word)) for word in ("done", "running", "failed", "diverged"))
@@ -129,8 +134,9 @@ def _stage(store: Store, said: str) -> StageFolder:
         record = files.read_json(store.study(study) / "variants.json")
         rows = [row for row in [*record["variants"], *record["pretrained"]] if variant in (row["name"], row["row"])]
         if len(rows) != 1:
-            names = [row["name"] for row in [*record["variants"], *record["pretrained"]]]
-            raise ConfigError(f"{variant!r} names {len(rows)} variants of {study}. There are: {', '.join(names)}.")
+            names = [row["name"] for row in rows or [*record["variants"], *record["pretrained"]]]
+            which = "It could be" if rows else "There are"
+            raise ConfigError(f"{variant!r} names {len(rows)} variants of {study}. {which}: {', '.join(names)}.")
         said = rows[0]["segments"][-1]
     if Path(said).is_dir():
         said = Path(said).resolve().name

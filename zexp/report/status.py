@@ -81,7 +81,7 @@ def _look(store: Store, stage: Stage, parents: Sequence[Stage]) -> None:
     if failure is not None:
         stage.status, stage.reason, stage.traceback = "failed", failure["error"], failure.get("traceback", "")
         return
-    stage.reason = _unfinished(folder)
+    stage.reason = _unfinished(folder, stage)
 
 
 def _is_done(folder: StageFolder, stage: Stage) -> bool:
@@ -95,9 +95,10 @@ def _past(status: str) -> str:
     return "failed" if status == "failed" else "diverged"
 
 
-def _unfinished(folder: StageFolder) -> str:
+def _unfinished(folder: StageFolder, stage: Stage) -> str:
     attempt = folder.last_attempt()
-    if attempt is None:
+    # An attempt at an earlier cut of the same trajectory says nothing about this one.
+    if attempt is None or (stage.kind == "segment" and attempt.request().get("to") != stage.to):
         return "not started"
     progress = attempt.progress()
     far = f" at {progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress else ""

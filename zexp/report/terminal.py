@@ -42,7 +42,11 @@ def _print_verdicts(report: Report, console: Console) -> None:
     """Each row against its baseline on the study's metric (all metrics where it has none)."""
     verdicts = [pair for pair in report.pairs if pair.metric == report.metric] or report.pairs
     for metric in dict.fromkeys(pair.metric for pair in verdicts):
-        console.print(f"\n{escape(metric)} against the baseline:")
+        tested = sum(pair.p is not None for pair in report.pairs)
+        console.print(
+            f"\n{escape(metric)} against the baseline (the verdict is p after Holm's correction over the study's {tested} "
+            "comparisons; intervals are not adjusted):"
+        )
         of_metric = [pair for pair in verdicts if pair.metric == metric]
         for pair in of_metric:
             effect = f"{numbers.difference(pair)} {numbers.interval(pair)}, p (Holm) {numbers.p_value(pair.p_holm)}"

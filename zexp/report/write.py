@@ -39,14 +39,15 @@ def as_json(report: Report) -> str:
 
 def as_csv(report: Report) -> str:
     """A line a row; of each metric mean, low, high, n and what the interval is over."""
-    fixed = ["variant", "arch", "anneal", "status", "seeds", "parameters", "tokens", "train_flops"]
+    axes = list(dict.fromkeys(axis for row in report.rows for axis in row.axes if axis not in ("arch", "anneal")))
+    fixed = ["variant", *axes, "arch", "anneal", "status", "seeds", "parameters", "tokens", "train_flops"]
     parts = ["mean", "low", "high", "n", "interval"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(fixed + [f"{metric} {part}" for metric in report.metric_names for part in parts])
     for row in report.ranked():
         line: list[Any] = [
-            row.name, row.arch, row.anneal, row.status, " ".join(map(str, row.seeds)),
+            row.name, *(row.axes.get(axis) for axis in axes), row.arch, row.anneal, row.status, " ".join(map(str, row.seeds)),
             row.parameters["total"], row.tokens, row.train_flops,
         ]  # fmt: skip
         for metric in report.metric_names:

@@ -12,9 +12,9 @@ from zexp.study import plan as plans
 from zexp.study.launch import base, progress
 
 # Seconds on one slot, to put the critical path first; only their order matters. FLOP/s is one CPU core's.
-FLOPS_PER_SECOND = 2e10
+FLOPS_PER_SECOND = 6e10
 DATA_SECONDS = 5.0
-EVAL_SECONDS = 3.0
+EVAL_SECONDS = 2.0
 
 
 def options_of(launcher: Mapping[str, Any]) -> base.LauncherOptions:

@@ -57,7 +57,7 @@ class StageFailed(RuntimeError):
 def act(composed: list[Composed], request: Request) -> Acted:
     """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong."""
     plan, study, store, variants = planned(composed, request)
-    options = _options(request) if plan.to_do else None
+    options = _options(request, plan) if plan.to_do else None
     change = record.record(study["name"], study, plan, store)
     line = change.line(study["name"])
     if line is not None:
@@ -156,11 +156,15 @@ def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
             retention.drop_optimizer(store.folder("trajectory", stage.full_id), stage.to)
 
 
-def _options(request: Request) -> LauncherOptions:
-    """The launcher's options, checked before anything is written."""
+def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
+    """The launcher's options, checked, with what the stages ask of this machine, before anything is written."""
     from zexp.study.dispatch import options_of
+    from zexp.study.launch import machine
 
-    return options_of(request.launcher)
+    options = options_of(request.launcher)
+    if options.backend == "local" and any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():
+        raise machine.no_gpu()
+    return options
 
 
 def _run(plan: plans.Plan, store: Store, options: LauncherOptions) -> dict[str, Any]:

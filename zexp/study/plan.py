@@ -17,6 +17,7 @@ from zexp.store.files import read_json
 from zexp.store.folder import Store
 from zexp.store.ids import short
 from zexp.study.resolve import DataStage, EvalStage, Variant
+from zexp.study.variants import name_of
 from zexp.train.phases import Segment
 
 STATE_BYTES_PER_PARAMETER = 12  # fp32 weights and AdamW's two moments
@@ -27,7 +28,7 @@ BYTES_PER_TOKEN = 2 + 2  # uint16 tokens of a corpus, and its packed copy's shar
 class Stage:
     """One node of the plan.
 
-    id: what dependants name; folder: relative to the store; start, to, tokens: of a segment, absolute and trained here;
+    id: what dependants name; owner: whose it is, the beginning of a segment's or an eval's label; folder: relative to the store; start, to, tokens: of a segment, absolute and trained here;
     cached: done already; weights_only: a segment's state is there without its optimizer, so nothing can fork from it; needed: something that is not done asks for it; resume_from: the nearest kept state of a
     segment that is not done, from which the rest is trained.
     """
@@ -39,6 +40,7 @@ class Stage:
     parents: list[str]
     phase: str | None = None
     label: str = ""
+    owner: str = ""
     start: int | None = None
     to: int | None = None
     tokens: int = 0
@@ -191,6 +193,7 @@ def build(variants: list[Variant], store: Store) -> Plan:
             _add_data(stages, data, variant)
         _add_segments(plan, variant, cuts)
         _add_evals(plan, variant)
+    _tell_apart(plan)
     ordered = _parents_first(stages)
     stages.clear()
     stages.update(ordered)
@@ -314,6 +317,7 @@ def _segment_stage(
         parents=[previous, *data] if previous is not None else data,
         phase=segment.phase,
         label=f"{name} {label}",
+        owner=name,
         start=begin,
         to=cut,
         tokens=cut - begin,
@@ -395,6 +399,7 @@ def _eval_stage(id: str, one: EvalStage, segment: Segment, variant: Variant) -> 
         parents=[f"{short(segment.id)}@{one.tokens}", *(short(parent) for _, parent in one.parents)],
         phase=segment.phase,
         label=f"{name} {one.task}",
+        owner=name,
         request={
             "threads": run.parallelism.threads,
             "device": run.execution.device,
@@ -405,6 +410,23 @@ def _eval_stage(id: str, one: EvalStage, segment: Segment, variant: Variant) -> 
         },
         flops_per_token=variant.flops_per_token["forward"],
     )
+
+
+def _tell_apart(plan: Plan) -> None:
+    """Stages of one label get the values of all axes on which the variants that they serve agree: seeds, learning rates."""
+    axes = {variant.name: variant.axes for variant in plan.variants}
+    arch = {variant.name: variant.arch for variant in plan.variants}
+    by_label: dict[str, list[Stage]] = {}
+    for stage in plan.stages.values():
+        if stage.owner:
+            by_label.setdefault(stage.label, []).append(stage)
+    for stage in (stage for twins in by_label.values() if len(twins) > 1 for stage in twins):
+        served = [axes[name] for name in stage.variants]
+        agreed = {key: value for key, value in served[0].items() if all(own[key] == value for own in served)}
+        _, at, phase = stage.owner.partition("@")
+        owner = name_of(agreed, arch[stage.variants[0]], None) + at + phase
+        stage.label, stage.owner = owner + stage.label.removeprefix(stage.owner), owner
+        stage.request["logger"]["name"] = stage.label if stage.kind == "segment" else owner
 
 
 def _serve(stage: Stage, variant: Variant) -> None:

@@ -18,6 +18,7 @@ from zexp.blocks import resolve as blocks_resolve
 from zexp.calc import model as calc_model
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
+from zexp.config.keys import unknown_keys
 from zexp.config.schema import Corpus, Mix, Run, Source
 from zexp.data import recipe
 from zexp.evaluate import plan as evaluate_plan
@@ -309,7 +310,11 @@ class Resolver:
 
 
 def run_of(config: DictConfig) -> Run:
-    """The typed Run of a composed config. Raises ConfigError naming a key that has no value."""
+    """The typed Run of a composed config. Raises ConfigError naming unknown keys, and a key that has no value."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    if unknown := unknown_keys({str(key): value for key, value in plain.items() if key != "hydra"}, Run):
+        raise ConfigError(unknown)
     typed = OmegaConf.merge(OmegaConf.structured(Run), config)
     try:
         run = OmegaConf.to_object(typed)

@@ -80,7 +80,7 @@ def _segment_line(stage: Stage, evals: list[Stage]) -> str:
     )
     if stage.resume_from is not None:
         line += f"  resumes at {say_tokens(stage.resume_from)}"
-    if last["to"] is not None and last["shape"] != "constant":
+    if last["to"] is not None and last["shape"] != "constant" and stage.semantic["parent"] is None:
         line += "  [dim]cannot be extended[/dim]"
     if evals:
         done = sum(e.cached for e in evals)
@@ -121,13 +121,18 @@ def _summary(the_plan: Plan) -> str:
 def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
     """Parameters, FLOPs per token and bytes of each composed architecture; exit code 0. Raises ConfigError."""
     answers: list[dict[str, Any]] = []
+    seen: list[tuple[dict[str, Any], int]] = []
     for one in composed:
         run = run_of(one.config)
         model = blocks_resolve.resolve_model(semantic_dict(run.arch), run.corpus.tokenizer.vocab_size)
+        if (model, run.seq_len) in seen:  # a study's variants share architectures
+            continue
+        seen.append((model, run.seq_len))
         answers.append(
             {
                 "arch": one.choices.get("arch"),
                 "seq_len": run.seq_len,
+                "vocab_size": model["vocab_size"],
                 "parameters": calc_model.parameters(model),
                 "flops_per_token": calc_model.flops_per_token(model, run.seq_len),
                 "memory": {
@@ -145,7 +150,8 @@ def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
         return 0
     console = Console(highlight=False)
     for answer in answers:
-        table = Table(title=f"{answer['arch']}, sequence length {answer['seq_len']}", title_justify="left", box=None)
+        title = f"{answer['arch']}, sequence length {answer['seq_len']}, vocabulary {answer['vocab_size']}"
+        table = Table(title=title, title_justify="left", box=None)
         for name in ("block", "parameters", "forward FLOP/token"):
             table.add_column(name, justify="left" if name == "block" else "right")
         for row in answer["blocks"]:
@@ -156,5 +162,10 @@ def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
         console.print(
             f"{total['active']:,} active, {total['embedding']:,} of embeddings; "
             f"training {answer['flops_per_token']['train']:,.0f} FLOP/token."
+        )
+        states, cache = answer["memory"]["training"], answer["memory"]["inference"]
+        console.print(
+            f"A state takes {say_bytes(states['full'])}, its weights {say_bytes(states['weights'])} (fp32). Decoding in bf16 caches "
+            f"{say_bytes(cache['state_bytes'])} and {say_bytes(cache['kv_bytes_per_token'])} a token of context."
         )
     return 0

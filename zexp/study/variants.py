@@ -180,6 +180,8 @@ def _seeds(values: Sequence[Any], problems: Problems) -> list[int]:
     found = []
     for value in values:
         if re.fullmatch(r"\d{1,19}", str(value)) and int(value) < 2**63:
+            if int(value) in found:
+                problems.add(f"seed {value} stands twice among the seeds. Name each once.")
             found.append(int(value))
         else:
             problems.add(f"seed = {str(value)!r}: a seed is a whole number from 0 to below 2^63.")

@@ -25,7 +25,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import zexp
-from zexp.config.errors import ConfigError
 from zexp.store.attempt import AttemptRecord
 from zexp.store.errors import StoreError
 from zexp.store.folder import Store
@@ -111,10 +110,7 @@ class LocalLaunch:
         device = "cuda" if "cuda" in wanted else "auto" if "auto" in wanted else "cpu"
         found = machine.slots(device, self._threads())
         if not found:
-            raise ConfigError(
-                "execution.device = cuda, but this machine shows no GPU (nvidia-smi -L, CUDA_VISIBLE_DEVICES).\n"
-                "  execution.device=cpu or auto trains without one."
-            )
+            raise machine.no_gpu()
         return found[: self.options.slots] if self.options.slots is not None else found
 
     def _threads(self) -> int:
@@ -395,7 +391,7 @@ class LocalLaunch:
         self._kill_at = time.monotonic() + self.options.grace_seconds
         busy = [one for one in self._slots if one.state == "busy"]
         seconds = f"{self.options.grace_seconds:g}"
-        text = f"{why}: {len(busy)} running stages write a state (at most {seconds} s; a second Ctrl-C does not wait)."
+        text = f"{why}: {len(busy)} running stage{'s write' if len(busy) != 1 else ' writes'} a state (at most {seconds} s; a second Ctrl-C does not wait)."
         self.on_event(Event(kind="stopping", text=text))
         for one in busy:
             self._tell(one, op="stop")

@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from zexp.config.errors import ConfigError
+
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -59,6 +61,14 @@ def _visible(preset: str) -> list[str]:
             break
         found.append(entry)
     return found
+
+
+def no_gpu() -> ConfigError:
+    """What to say where execution.device=cuda and there is none."""
+    return ConfigError(
+        "execution.device = cuda, but this machine shows no GPU (nvidia-smi -L, CUDA_VISIBLE_DEVICES).\n"
+        "  execution.device=cpu or auto trains without one."
+    )
 
 
 def parse_gpus(listing: str) -> list[str]:

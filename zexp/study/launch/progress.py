@@ -208,7 +208,7 @@ def failures(stages: Sequence[Named], outcomes: Mapping[str, Outcome], console: 
     for id, outcome in of["diverged"]:
         console.print(f"[red]diverged[/] {escape(labels[id])} ({id}): {escape(outcome.error or '')}", soft_wrap=True)
     if of["interrupted"]:
-        console.print(f"[yellow]interrupted[/] {len(of['interrupted'])} of {len(outcomes)} stages")
+        console.print(f"[yellow]interrupted[/]: {len(of['interrupted'])} of {len(outcomes)} stages are not done")
     if of["skipped"]:
         many = len(of["skipped"]) > 1
         console.print(
