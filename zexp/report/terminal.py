@@ -44,8 +44,8 @@ def _print_verdicts(report: Report, console: Console) -> None:
     for metric in dict.fromkeys(pair.metric for pair in verdicts):
         tested = sum(pair.p is not None for pair in report.pairs)
         console.print(
-            f"\n{escape(metric)} against the baseline (the verdict is p after Holm's correction over the study's {tested} "
-            "comparisons; intervals are not adjusted):"
+            f"\n{escape(metric)} against the baseline (the verdict is by p after Holm's correction for all comparisons of the "
+            f"study, {tested} in number; intervals are not adjusted):"
         )
         of_metric = [pair for pair in verdicts if pair.metric == metric]
         for pair in of_metric:
