@@ -85,6 +85,7 @@ def test_a_choice_in_both_folders_names_both_files(tmp_path):
         (["+phases.cool.tokens=10K"], ["+phases={cool:{tokens:10K}}"]),
         (["hydra.launcher.slotz=3"], ["slotz"]),
         (["study.seeds=[0,1]"], ["single run", "-m"]),
+        (["anneal=null"], ["anneal=none leaves it out"]),
         (["schedule.warmup_tokens=1M"], ["do not fit into the phase"]),
         (["checkpoint.keep.ends=none"], ["weights or all"]),
     ],

@@ -28,6 +28,7 @@ from zexp.config.places import conf_dir, user_conf_dir
 from zexp.config.schema import Run
 from zexp.study import execute, show
 from zexp.study.resolve import Composed
+from zexp.study.variants import GROUPS
 
 
 class _Verb:
@@ -54,6 +55,11 @@ def hydra_verb(verb: str, arguments: list[str]) -> int:
     if mine is not None and not any(w in ("--config-dir", "-cd") or w.startswith("--config-dir=") for w in words):
         words = ["--config-dir", str(mine), *words]
     _refuse_choices_in_both(words)
+    for word in words:
+        group, _, choice = word.partition("=")
+        if group in GROUPS and choice == "null":
+            none = f" {group}=none leaves it out." if (conf_dir() / group / "none.yaml").exists() else ""
+            raise ConfigError(f"{word}: a group takes one of its choices, and null is none of them.{none}")
     ConfigStore.instance().store(name="schema", node=Run)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here, not as Hydra's own printing
     argv, sys.argv = sys.argv, [f"zexp {verb}", *words]

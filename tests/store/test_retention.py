@@ -1,4 +1,4 @@
-import os
+import json
 import signal
 
 import pytest
@@ -46,7 +46,7 @@ def test_only_rolling_states_are_deleted(make):
         assert folder.states() == [20, 30, 40, 50, 60]
         assert prune(attempt, keep=[], newest=0) == [30, 40, 50]
     assert folder.states() == [20, 60]
-    assert not (folder.path / "trash").exists()
+    assert not list(folder.path.glob("trash-*"))
 
 
 def test_a_rolling_state_that_another_study_pinned_stays(make):
@@ -89,7 +89,21 @@ def test_what_a_killed_one_had_begun_to_delete_is_gone_and_the_next_one_clears_i
     folder = make("trajectory")
     assert start(folder, KILLED).wait() == -signal.SIGKILL
     assert folder.states() == [20, 30]
-    assert len(os.listdir(folder.path / "trash")) == 1
+    assert len(list(folder.path.glob("trash-*"))) == 1
     with folder.attempt({}) as attempt:
         assert retention.prune(attempt, []) == []
-    assert not (folder.path / "trash").exists()
+    assert not list(folder.path.glob("trash-*"))
+
+
+def test_an_optimizer_that_the_manifest_does_not_call_droppable_stays(make):
+    folder = make("trajectory")
+    with folder.attempt({}) as attempt:
+        for tokens, droppable in ((10, []), (20, ["optimizer"])):
+            scratch = attempt.scratch("state")
+            (scratch / "optimizer").mkdir()
+            (scratch / "optimizer/x").write_text("1")
+            (scratch / "manifest.json").write_text(json.dumps({"droppable": droppable}))
+            attempt.publish(scratch, f"states/{tokens}")
+    assert [retention.drop_optimizer(folder, tokens) for tokens in (10, 20)] == [False, True]
+    for tokens in (10, 20):
+        folder.verify(folder.state(tokens))

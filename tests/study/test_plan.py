@@ -217,3 +217,21 @@ def test_the_optimizer_of_an_open_end_is_never_dropped(directory):
     plan = planned(directory, ("anneal=none", "schedule=constant", "schedule.warmup_tokens=0"))
     assert plan.scored_ends() == [], "a longer run goes on from there"
     assert len(planned(directory, ("anneal=none",)).scored_ends()) == 1
+
+
+def test_the_end_of_a_pretraining_in_one_segment_stays_whole(directory):
+    plan = planned(directory, ("anneal=none", "schedule=cosine", "schedule.warmup_tokens=1K"))
+    assert plan.scored_ends() == [], "a fork of it would train from the beginning"
+
+
+def test_pretrainings_whose_arms_differ_have_labels_of_their_own(directory):
+    plan = planned(directory, *((f"schedule.peak_lr={rate}", f"anneal.peak_fraction={part}") for rate in (1e-3, 2e-3) for part in (0.5, 0.75)))
+    for n, variant in enumerate(plan.variants):
+        variant.axes = {"arm": "abcd"[n]}
+    for stage in plan.stages.values():
+        if stage.owner:
+            stage.label = stage.label.replace(stage.owner, "x")
+            stage.owner = "x"
+    plans._tell_apart(plan)
+    labels = [s.label for s in plan.stages.values() if s.kind == "segment" and s.phase == "pretrain"]
+    assert len(set(labels)) == len(labels) == 4 and any("a+b pretrain" in label for label in labels)

@@ -36,7 +36,7 @@ def test_without_a_key_wandb_writes_offline_and_says_how_to_sync(tiny_store, tin
 
 def test_scores_are_added_to_the_run_of_the_trajectory(tmp_path):
     options = {"kind": "wandb", "project": "zexp", "entity": None}
-    logger.send_scores(options, "0123456789abcdef", {"cloze/acc": 0.25}, tmp_path)
+    logger.send_scores(options, "0123456789abcdef", 4096, {"cloze/acc": 0.25}, tmp_path)
     (directory,) = (tmp_path / "wandb").glob("offline-run-*")
     assert directory.name.endswith("0123456789abcdef")
     assert b"cloze/acc" in next(directory.glob("*.wandb")).read_bytes()
@@ -44,19 +44,19 @@ def test_scores_are_added_to_the_run_of_the_trajectory(tmp_path):
 
 def test_what_wandb_refuses_is_told_apart_from_a_mistake_of_ours(tmp_path):
     with pytest.raises(logger.NotSent, match="UsageError"):
-        logger.send_scores({"kind": "wandb", "project": "a/b"}, "x", {"cloze/acc": 0.25}, tmp_path)
+        logger.send_scores({"kind": "wandb", "project": "a/b"}, "x", 4096, {"cloze/acc": 0.25}, tmp_path)
 
 
 def test_a_key_or_an_explicit_mode_decides_where_it_goes(monkeypatch, tmp_path):
-    assert logger._mode() == "offline"
+    assert logger.mode() == "offline"
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password abc\n")
-    assert logger._mode() == "online"
+    assert logger.mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert logger._mode() == "disabled"
+    assert logger.mode() == "disabled"
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "abc")
-    assert logger._mode() == "online"
+    assert logger.mode() == "online"
 
 
 def test_an_unknown_logger_is_refused(tmp_path):

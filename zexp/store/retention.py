@@ -17,6 +17,8 @@ from zexp.store import files
 from zexp.store.attempt import Attempt
 from zexp.store.folder import OPTIMIZER, StageFolder
 
+_TRASH = "trash-"
+
 
 def superfluous(rolling: Collection[int], named: Collection[int], *, newest: int = 2) -> list[int]:
     """Of the rolling states' token counts those that nobody needs, ascending.
@@ -63,6 +65,8 @@ def drop_optimizer(folder: StageFolder, tokens: int) -> bool:
     state = folder.trainable(tokens)
     if state is None or folder.keeps_optimizer(tokens):
         return False
+    if OPTIMIZER not in files.read_json(state / files.MANIFEST).get("droppable", []):
+        return False  # its manifest would call it damaged
     try:
         _to_trash(folder, state / OPTIMIZER)
     except FileNotFoundError:  # another process did the same
@@ -74,10 +78,9 @@ def drop_optimizer(folder: StageFolder, tokens: int) -> bool:
 
 def _to_trash(folder: StageFolder, path: Path) -> None:
     # Renamed first: killed at any instant, it is whole in its place or not there.
-    trash = folder.path / "trash"
-    trash.mkdir(exist_ok=True)
-    os.rename(path, trash / f"{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, folder.path / f"{_TRASH}{path.name}-{secrets.token_hex(4)}")
 
 
 def _empty_trash(folder: StageFolder) -> None:
-    shutil.rmtree(folder.path / "trash", ignore_errors=True)  # also what a killed one left; what stays, the next deletes
+    for gone in folder.path.glob(f"{_TRASH}*"):  # also what a killed one left; what stays, the next deletes
+        shutil.rmtree(gone, ignore_errors=True)

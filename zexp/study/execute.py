@@ -64,6 +64,7 @@ def act(composed: list[Composed], request: Request) -> Acted:
         print(line)
     _create(plan, store)
     if plans.mark(plan, store):  # another study may have changed the store before our pins stood
+        options = _options(request, plan) if plan.to_do else None
         _create(plan, store)
     outcomes = _run(plan, store, options) if options is not None else {}
     _drop_optimizers(plan, store)
@@ -143,15 +144,15 @@ def _create(plan: plans.Plan, store: Store) -> None:
             folder = store.folder("trajectory", stage.full_id)
             if folder.path.exists():
                 assert stage.to is not None
-                folder.pin(stage.to, optimizer=stage.id in forked)
+                wanted = [v.run.checkpoint.keep.ends for v in plan.variants if v.name in stage.variants]
+                folder.pin(stage.to, optimizer=stage.id in forked or "all" in wanted)
 
 
 def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
-    """checkpoint.keep.ends=weights: of an end that is scored and that no study forks, the weights stay."""
+    """Of an end that is scored the weights stay, unless a study forks it or keeps it whole (a pin, see _create)."""
     for stage in plan.scored_ends():
-        wanted = [v.run.checkpoint.keep.ends for v in plan.variants if v.name in stage.variants]
         evals = [one for one in plan.stages.values() if one.kind == "eval" and one.parents[0] == stage.id]
-        if "all" not in wanted and all(store.folder("eval", one.full_id).result is not None for one in evals):
+        if all(store.folder("eval", one.full_id).result is not None for one in evals):
             assert stage.to is not None
             retention.drop_optimizer(store.folder("trajectory", stage.full_id), stage.to)
 

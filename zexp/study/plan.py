@@ -134,11 +134,12 @@ class Plan:
     def scored_ends(self) -> list[Stage]:
         """Segment stages that nothing in this plan goes on from, and that only evaluations read.
 
-        Not those of open segments: a longer run goes on from there.
+        Not those of open segments, from which a longer run goes on, nor of a pretraining in one segment (a cosine), which
+        a later fork would have to train from the beginning.
         """
         scored = {stage.parents[0] for stage in self.stages.values() if stage.kind == "eval"}
         ends = [self.stages[id] for id in scored - self.forked()]
-        return [stage for stage in ends if stage.semantic["lr"][-1]["to"] is not None]
+        return [s for s in ends if s.semantic["lr"][-1]["to"] is not None and s.semantic["parent"] is not None]
 
     def disk_bytes(self) -> int:
         """Upper estimate of what the stages to do will write and keep: states with optimizer, corpora, packings."""
@@ -422,9 +423,12 @@ def _tell_apart(plan: Plan) -> None:
             by_label.setdefault(stage.label, []).append(stage)
     for stage in (stage for twins in by_label.values() if len(twins) > 1 for stage in twins):
         served = [axes[name] for name in stage.variants]
-        agreed = {key: value for key, value in served[0].items() if all(own[key] == value for own in served)}
+        agreed = {key: value for key, value in served[0].items() if all(own.get(key) == value for own in served)}
+        owner = name_of(agreed, arch[stage.variants[0]], None)
+        if "arm" in served[0] and "arm" not in agreed:  # arms that pretrain alike, of several that do not
+            owner += "," + "+".join(sorted({str(own.get("arm")) for own in served}))
         _, at, phase = stage.owner.partition("@")
-        owner = name_of(agreed, arch[stage.variants[0]], None) + at + phase
+        owner += at + phase
         stage.label, stage.owner = owner + stage.label.removeprefix(stage.owner), owner
         stage.request["logger"]["name"] = stage.label if stage.kind == "segment" else owner
 

@@ -21,20 +21,26 @@ def send_scores(plan: Plan, store: Store, study: str) -> list[str]:
     for stage in plan.stages.values():
         if stage.kind == "eval" and stage.request["logger"]["kind"] == "wandb":
             by_state.setdefault(stage.parents[0], []).append(stage)
+    if not by_state or logger.mode() == "disabled":
+        return []
     folder = store.study(study) / "wandb"
     lines = []
-    for state, evals in by_state.items():
+    for state in sorted(by_state, key=lambda id: plan.stages[id].to or 0):  # a run's points go forward
+        evals, stage = by_state[state], plan.stages[state]
         scores = _scores(store, evals)
+        options = evals[0].request["logger"]
+        sent = {"scores": scores, "mode": logger.mode(), "project": options["project"], "entity": options["entity"]}
         place = folder / state
-        if not scores or ((place / "sent.json").is_file() and files.read_json(place / "sent.json") == scores):
+        if not scores or ((place / "sent.json").is_file() and files.read_json(place / "sent.json") == sent):
             continue
+        assert stage.to is not None
         place.mkdir(parents=True, exist_ok=True)
         try:
-            logger.send_scores(evals[0].request["logger"], short(plan.stages[state].full_id), scores, place)
+            logger.send_scores(options, short(stage.full_id), stage.to, scores, place)
         except logger.NotSent as error:
-            lines.append(f"wandb: the scores of {plan.stages[state].label} were not sent ({error}). The next run tries again.")
+            lines.append(f"wandb: the scores of {stage.label} were not sent ({error}). The next run tries again.")
         else:
-            files.write_json(place / "sent.json", scores)
+            files.write_json(place / "sent.json", sent)
     return lines + _offline(plan, store, folder)
 
 

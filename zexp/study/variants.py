@@ -129,7 +129,10 @@ def name_of(axes: Mapping[str, Any], arch: str, anneal: str | None) -> str:
 
 
 def _part(key: str, value: Any) -> str:
-    return str(value) if key in (*GROUPS, "arm") else f"{key.rsplit('.', 1)[-1]}={value}"
+    if key in (*GROUPS, "arm"):
+        return str(value)
+    last = key.rsplit(".", 1)[-1]
+    return f"{key if last == 'seed' else last}={value}"  # anneal.seed is not the seed
 
 
 def override_key(text: str) -> str:

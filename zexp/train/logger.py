@@ -44,7 +44,7 @@ class WandbCurves:
         import wandb  # 1 s to import, so only when asked for
 
         self._wandb = wandb
-        self._mode = _mode()
+        self._mode = mode()
         self._run = wandb.init(
             project=options.get("project"),
             entity=options.get("entity"),
@@ -67,10 +67,6 @@ class WandbCurves:
     def write(self, figures: Mapping[str, Any]) -> None:
         self._run.log(dict(figures))
 
-    def summarise(self, scores: Mapping[str, Any]) -> None:
-        """Set final values, shown beside the run."""
-        self._run.summary.update(dict(scores))
-
     def close(self) -> None:
         self._run.finish()
         # finish returns while wandb's own process may still write; this waits for it, which an os._exit would not.
@@ -88,13 +84,15 @@ def open_curves(options: Mapping[str, Any] | None, run_id: str, config: Mapping[
     raise ValueError(f"logger.kind = {kind!r}; one of: jsonl, wandb")
 
 
-def send_scores(options: Mapping[str, Any], run_id: str, scores: Mapping[str, float], directory: Path) -> None:
-    """Add final scores {task/metric: value} to a trajectory's wandb run. Raises NotSent."""
+def send_scores(
+    options: Mapping[str, Any], run_id: str, tokens: int, scores: Mapping[str, float], directory: Path
+) -> None:
+    """Add the scores {task/metric: value} of a trajectory's state at `tokens` to its wandb run. Raises NotSent."""
     import wandb
 
     try:
         curves = WandbCurves(options, run_id, {}, directory)
-        curves.summarise(scores)
+        curves.write({"tokens": tokens, **scores})
         curves.close()
     except wandb.Error as error:
         raise NotSent(f"{type(error).__name__}: {error}") from error
@@ -112,7 +110,7 @@ def why_offline() -> str:
     return f"WANDB_MODE is {mode}" if mode else "there is no API key (wandb login)"
 
 
-def _mode() -> str:
+def mode() -> str:
     """WANDB_MODE if set; else online with an API key (environment or netrc), offline without."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
