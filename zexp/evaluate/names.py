@@ -1,7 +1,7 @@
 """Which task a name means: a YAML in ./evals, one that zexp ships, or one of lm-eval's own.
 
-lm-eval has thousands; its own index takes 7 to 14 s. Here only their names are read, as text (13,500 files, 1.6 s), when a name is in no
-evals/, and kept in the store's cache for this version of lm-eval.
+lm-eval has thousands; its own index takes 7 to 14 s. Here only their names are read, as text (13,500 files, 1.6 s), when a
+name is in no evals/, and kept in the store's cache for this version of lm-eval.
 """
 
 from __future__ import annotations

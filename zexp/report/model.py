@@ -40,8 +40,9 @@ class Cell:
     """A score of a row: mean over its seeds with a 95 % interval.
 
     interval: what the interval is over, "seeds" or (one seed) "items"; None where neither is known. n: seeds;
-    by_seed: seed -> score; items: of one seed's evaluation; neighbours: items so near to each other are not independent; chance: what guessing scores; reference: what a trivial
-    model scores, with its name; stages: the eval stages.
+    by_seed: seed -> score; items: of one seed's evaluation; neighbours: items so near to each other are not
+    independent; chance: what guessing scores; reference: what a trivial model scores, with its name; stages: the eval
+    stages.
     """
 
     mean: float

@@ -4,7 +4,8 @@
     samples.jsonl   one line an item, {"item": id, name: value}; a ratio of sums (bits per byte) has
                     {name: [numerator, denominator]}
 
-neighbours: items that many lines apart or less, in a ring, are not independent; chance is a number; baseline a number or {"name", "value"}.
+neighbours: items that many lines apart or less, in a ring, are not independent; chance is a number; baseline a number
+or {"name", "value"}.
 """
 
 from __future__ import annotations

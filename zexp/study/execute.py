@@ -150,9 +150,9 @@ def _create(plan: plans.Plan, store: Store) -> None:
 
 def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
     """Of an end that is scored the weights stay, unless a study forks it or keeps it whole (a pin, see _create)."""
+    evals = plan.evals_of()
     for stage in plan.scored_ends():
-        evals = [one for one in plan.stages.values() if one.kind == "eval" and one.parents[0] == stage.id]
-        if all(store.folder("eval", one.full_id).result is not None for one in evals):
+        if all(store.folder("eval", one.full_id).result is not None for one in evals[stage.id]):
             assert stage.to is not None
             retention.drop_optimizer(store.folder("trajectory", stage.full_id), stage.to)
 

@@ -28,9 +28,10 @@ BYTES_PER_TOKEN = 2 + 2  # uint16 tokens of a corpus, and its packed copy's shar
 class Stage:
     """One node of the plan.
 
-    id: what dependants name; owner: whose it is, the beginning of a segment's or an eval's label; folder: relative to the store; start, to, tokens: of a segment, absolute and trained here;
-    cached: done already; weights_only: a segment's state is there without its optimizer, so nothing can fork from it; needed: something that is not done asks for it; resume_from: the nearest kept state of a
-    segment that is not done, from which the rest is trained.
+    id: what dependants name; owner: whose it is, the beginning of a segment's or an eval's label; folder: relative to
+    the store; start, to, tokens: of a segment, absolute and trained here; cached: done already; weights_only: a segment's
+    state is there without its optimizer, so nothing can be trained from it; needed: something that is not done asks for
+    it; resume_from: the nearest kept state of a segment that is not done, from which the rest is trained.
     """
 
     id: str
@@ -131,14 +132,21 @@ class Plan:
         """The segment stages whose state is trained on from, optimizer and all."""
         return {parent for stage in self.stages.values() for parent in stage.parents if self.goes_on(stage, parent)}
 
+    def evals_of(self) -> dict[str, list[Stage]]:
+        """Segment stage -> the evaluations of its state."""
+        found: dict[str, list[Stage]] = {}
+        for stage in self.stages.values():
+            if stage.kind == "eval":
+                found.setdefault(stage.parents[0], []).append(stage)
+        return found
+
     def scored_ends(self) -> list[Stage]:
         """Segment stages that nothing in this plan goes on from, and that only evaluations read.
 
         Not those of open segments, from which a longer run goes on, nor of a pretraining in one segment (a cosine), which
         a later fork would have to train from the beginning.
         """
-        scored = {stage.parents[0] for stage in self.stages.values() if stage.kind == "eval"}
-        ends = [self.stages[id] for id in scored - self.forked()]
+        ends = [self.stages[id] for id in self.evals_of().keys() - self.forked()]
         return [s for s in ends if s.semantic["lr"][-1]["to"] is not None and s.semantic["parent"] is not None]
 
     def disk_bytes(self) -> int:
@@ -333,19 +341,18 @@ def _segment_stage(
             "deterministic": run.execution.deterministic,
             "log_every": run.execution.log_every,
             "checkpoint": {"every_seconds": run.checkpoint.every_seconds, "rolling": run.checkpoint.keep.rolling},
-            "logger": _logger(variant, f"{name} {label}"),
+            "logger": {  # name: what a person reads of the run; its id is the trajectory's
+                "kind": run.logger.kind,
+                "project": run.logger.project,
+                "entity": run.logger.entity,
+                "name": f"{name} {label}",
+            },
             "divergence": {"margin": run.execution.divergence.margin, "steps": run.execution.divergence.steps},
             "retry_diverged": run.execution.retry_diverged,
         },
         flops_per_token=variant.flops_per_token["train"],
         parameters=variant.parameters["total"],
     )
-
-
-def _logger(variant: Variant, name: str) -> dict[str, Any]:
-    """name: what a person reads of the run; its id is the trajectory's."""
-    logger = variant.run.logger
-    return {"kind": logger.kind, "project": logger.project, "entity": logger.entity, "name": name}
 
 
 def packings_read(chain: list[Segment]) -> list[str]:
@@ -407,7 +414,6 @@ def _eval_stage(id: str, one: EvalStage, segment: Segment, variant: Variant) -> 
             "kernels": run.kernels.backend,
             "deterministic": run.execution.deterministic,
             "eval": {"batch_size": run.eval.batch_size, **one.request},
-            "logger": _logger(variant, name),
         },
         flops_per_token=variant.flops_per_token["forward"],
     )
@@ -430,7 +436,8 @@ def _tell_apart(plan: Plan) -> None:
         _, at, phase = stage.owner.partition("@")
         owner += at + phase
         stage.label, stage.owner = owner + stage.label.removeprefix(stage.owner), owner
-        stage.request["logger"]["name"] = stage.label if stage.kind == "segment" else owner
+        if stage.kind == "segment":
+            stage.request["logger"]["name"] = stage.label
 
 
 def _serve(stage: Stage, variant: Variant) -> None:

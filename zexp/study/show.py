@@ -48,10 +48,7 @@ def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, *, as_json: boo
         if stage.kind in ("tokenizer", "corpus", "packing", "tasks"):
             data.add(f"{_mark(stage)} {stage.label}  [dim]{stage.id}[/dim]")
     nodes: dict[str, Tree] = {}
-    scored: dict[str, list[Stage]] = {}
-    for stage in the_plan.stages.values():
-        if stage.kind == "eval":
-            scored.setdefault(stage.parents[0], []).append(stage)
+    scored = the_plan.evals_of()
     for stage in the_plan.stages.values():
         if stage.kind == "segment":
             parent = nodes.get(stage.parents[0], tree) if stage.parents else tree

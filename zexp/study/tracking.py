@@ -17,20 +17,18 @@ from zexp.train import logger
 
 def send_scores(plan: Plan, store: Store, study: str) -> list[str]:
     """Send what is new; lines for the user: what could not be sent, and how to send what was written offline."""
-    by_state: dict[str, list[Stage]] = {}
-    for stage in plan.stages.values():
-        if stage.kind == "eval" and stage.request["logger"]["kind"] == "wandb":
-            by_state.setdefault(stage.parents[0], []).append(stage)
-    if not by_state or logger.mode() == "disabled":
+    segments = [stage for stage in plan.stages.values() if stage.kind == "segment"]
+    logged = [stage for stage in segments if stage.request["logger"]["kind"] == "wandb"]
+    if not logged or logger.mode() == "disabled":
         return []
     folder = store.study(study) / "wandb"
+    evals = plan.evals_of()
     lines = []
-    for state in sorted(by_state, key=lambda id: plan.stages[id].to or 0):  # a run's points go forward
-        evals, stage = by_state[state], plan.stages[state]
-        scores = _scores(store, evals)
-        options = evals[0].request["logger"]
+    for stage in sorted(logged, key=lambda stage: stage.to or 0):  # a run's points go forward
+        scores = _scores(store, evals.get(stage.id, []))
+        options = stage.request["logger"]
         sent = {"scores": scores, "mode": logger.mode(), "project": options["project"], "entity": options["entity"]}
-        place = folder / state
+        place = folder / stage.id
         if not scores or ((place / "sent.json").is_file() and files.read_json(place / "sent.json") == sent):
             continue
         assert stage.to is not None
@@ -41,7 +39,7 @@ def send_scores(plan: Plan, store: Store, study: str) -> list[str]:
             lines.append(f"wandb: the scores of {stage.label} were not sent ({error}). The next run tries again.")
         else:
             files.write_json(place / "sent.json", sent)
-    return lines + _offline(plan, store, folder)
+    return lines + _offline(logged, store, folder)
 
 
 def _scores(store: Store, evals: list[Stage]) -> dict[str, float]:
@@ -55,11 +53,10 @@ def _scores(store: Store, evals: list[Stage]) -> dict[str, float]:
     return found
 
 
-def _offline(plan: Plan, store: Store, folder: Path) -> list[str]:
+def _offline(logged: list[Stage], store: Store, folder: Path) -> list[str]:
     runs = set(logger.offline_runs(folder))
-    for stage in plan.stages.values():
-        if stage.kind == "segment" and stage.request["logger"]["kind"] == "wandb":
-            runs.update(logger.offline_runs(store.root / stage.folder / "attempts"))
+    for stage in logged:
+        runs.update(logger.offline_runs(store.root / stage.folder / "attempts"))
     if not runs:
         return []
     command = shlex.join(["wandb", "sync", *map(str, sorted(runs))])

@@ -74,10 +74,20 @@ def verified(folder: StageFolder, tokens: int) -> Path:
     except StoreError as error:
         attempt = folder.attempt({"set_aside": tokens})
         assert attempt is not None, "nobody else can make what is there"
-        with attempt:
-            attempt.set_aside(f"states/{tokens}")
-        raise StoreError(f"{error} It is set aside in {attempt.path}; run the same command again, and it is trained again.") from error
+        with attempt:  # who else found it may have set it aside by now, or even have made it again
+            if folder.state(tokens) is not None and not _is_whole(folder, state):
+                attempt.set_aside(f"states/{tokens}")
+        text = f"{error} It is set aside in {folder.path / 'attempts'}; run the same command again, and it is trained again."
+        raise StoreError(text) from error
     return state
+
+
+def _is_whole(folder: StageFolder, state: Path) -> bool:
+    try:
+        folder.verify(state)
+    except StoreError:
+        return False
+    return True
 
 
 def load_weights(state: Path, model: nn.Module) -> None:
@@ -90,7 +100,7 @@ def load_optimizer(state: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     if not (state / OPTIMIZER).is_dir():
         raise StoreError(
             f"{state} is a weights-only state: it has no optimizer state to carry on. "
-            "Set optimizer_state=reset, or remove the state so that it is trained again."
+            "Run the same command again: its segment is planned and trained again."
         )
     _load(state / OPTIMIZER, optimizers.state_tensors(model, optimizer))
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from zexp.model.language_model import LanguageModel
 from zexp.train.batches import Batch
-
-PRECISIONS = ("fp32", "bf16")
+from zexp.train.legality import PRECISIONS
 
 
 def backward(model: LanguageModel, batch: Batch, *, micro_batch: int, precision: str, document_mask: bool) -> Tensor:
