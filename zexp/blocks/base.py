@@ -44,9 +44,29 @@ class BlockSpec(ABC):
     def parameters(self, width: int) -> int:
         """Parameters of one layer, or of one copy of a feeder; the norm before a layer is not included."""
 
+    def missing_in_first(self, width: int) -> int:
+        """Of `parameters`, those that the model's first layer of this block does not have."""
+        return 0
+
+    def active_parameters(self, width: int) -> int:
+        """Of `parameters`, those that one token is computed with."""
+        return self.parameters(width)
+
     @abstractmethod
     def flops(self, width: int, seq_len: int) -> float:
         """Forward FLOPs per token of one layer, or of one call of a feeder."""
+
+    @abstractmethod
+    def matmul_flops(self, width: int) -> float:
+        """The part of `flops` in products of activations with weight matrices (torch's aten.mm and addmm): without
+        convolutions, scans and scores.
+        """
+
+    @abstractmethod
+    def saved_elements(self, width: int, seq_len: int) -> float:
+        """Numbers per token that one layer or call keeps for its backward pass with the torch backend, in fp32, its
+        normed input included.
+        """
 
     def kv_bytes_per_token(self, width: int, element_bytes: int) -> int:
         """Cache that grows with the context, per layer or call."""
@@ -55,6 +75,10 @@ class BlockSpec(ABC):
     def state_bytes(self, width: int, element_bytes: int) -> int:
         """Cache of fixed size, per layer or call."""
         return 0
+
+    def cache_bytes(self, width: int, context: int, element_bytes: int) -> int:
+        """The whole cache of one sequence after `context` tokens, per layer or call."""
+        return context * self.kv_bytes_per_token(width, element_bytes) + self.state_bytes(width, element_bytes)
 
     def table(self, width: int) -> dict[str, Any]:
         """The completed keys as plain data, as they stand in a model's semantic block.

@@ -10,7 +10,7 @@ from zexp.blocks import options, pattern
 from zexp.blocks.base import BlockSpec, FeederSpec
 from zexp.blocks.table import TABLE, spec_class
 from zexp.config.errors import ConfigError, Problems
-from zexp.config.identity import table_dict
+from zexp.config.identity import semantic, table_dict
 
 # Mathematics outside the blocks: embedding, residual stream, final norm, head, loss, initial weights.
 MODEL_NUMERICS = {"kernel.cross_entropy": 1, "kernel.rms_norm": 1, "model.init": 1, "model.stack": 1}
@@ -18,10 +18,29 @@ MODEL_NUMERICS = {"kernel.cross_entropy": 1, "kernel.rms_norm": 1, "model.init":
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """The norm before every layer and after the last. eps: added to the mean square."""
+    """The norm before every layer and after the last. eps: added to the mean square (or variance).
 
-    kind: Literal["rmsnorm"] = "rmsnorm"
+    kind: rmsnorm has a weight per channel, layernorm a weight and a bias. final: another kind after the last layer.
+    embedding: one more norm, of the layers' kind, after the embedding (RWKV).
+    """
+
+    kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     eps: float = 1e-5
+    final: Literal["rmsnorm", "layernorm"] | None = semantic(None, absent=None)
+    embedding: bool = semantic(False, absent=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the branches of a layer like (a|m) are fed and joined.
+
+    combine: sum (Falcon-H1; its fixed multipliers are factors of the branches' last matrices), mean, or scaled_mean:
+    each branch's output passes a norm of its own with a weight per channel, then the mean (Hymba, arXiv:2411.13676, eq. 3).
+    norms: shared, one norm feeds all branches; separate, each branch has its own (GPT-NeoX's parallel residual).
+    """
+
+    combine: Literal["sum", "mean", "scaled_mean"] = "sum"
+    norms: Literal["shared", "separate"] = "shared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,31 +48,49 @@ class Stack:
     """The keys of an architecture besides its pattern and its block tables.
 
     width: D, the residual stream. tie_embeddings: the head is the embedding matrix.
+    parallel: how branches are joined. logit_softcap: c, logits become c · tanh(logits / c) (xLSTM-7B: 30); null = not.
     """
 
     width: int
     tie_embeddings: bool = True
     norm: Norm = field(default_factory=Norm)
+    parallel: Parallel = semantic(factory=Parallel, absent=Parallel())
+    logit_softcap: float | None = semantic(None, absent=None)
 
 
 def resolve_model(arch: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The semantic block of a model: pattern, vocab_size, width, tie_embeddings, norm, blocks; every key filled in.
 
     A key that equals its `absent` value is left out: read it with stack_of and specs_of.
-    arch: pattern, width, tie_embeddings, norm, blocks (one table a letter).
+    arch: pattern, width, tie_embeddings, norm, parallel, logit_softcap, vocab_size, blocks (one table a letter).
+    vocab_size: the tokenizer's; arch.vocab_size, where it is given, is the model's own and at least as large.
     Raises ConfigError with every problem: the pattern, unknown letters and keys, unused tables, sizes that do not fit.
     """
     problems = Problems()
     if vocab_size < 1:
         problems.add(f"vocab_size = {vocab_size}: it must be at least 1.")
     layers = _layers(arch.get("pattern"), problems)
-    rest = {key: value for key, value in arch.items() if key not in ("pattern", "blocks")}
+    own_vocab = arch.get("vocab_size")
+    if own_vocab is not None and own_vocab < vocab_size:
+        problems.add(
+            f"arch.vocab_size = {own_vocab}: the tokenizer has {vocab_size} tokens, which need an embedding each.\n"
+            f"  Set arch.vocab_size to null (the tokenizer's) or at least {vocab_size}, or choose a smaller "
+            "corpus.tokenizer.vocab_size."
+        )
+    rest = {key: value for key, value in arch.items() if key not in ("pattern", "blocks", "vocab_size")}
     stack, wrong = options.read(Stack, rest, "arch")
     problems.extend(wrong)
     if stack is not None and stack.width < 1:
         problems.add(f"arch.width = {stack.width}: it must be at least 1.")
     if stack is not None and stack.norm.eps <= 0:
         problems.add(f"arch.norm.eps = {stack.norm.eps}: it must be above 0.")
+    if stack is not None and stack.logit_softcap is not None and stack.logit_softcap <= 0:
+        problems.add(f"arch.logit_softcap = {stack.logit_softcap}: it must be above 0, or null for none.")
+    if stack is not None and stack.parallel != Parallel() and not any(len(pattern.branches(one)) > 1 for one in layers):
+        problems.add(
+            "arch.parallel: the pattern has no parallel branches, so these keys would be ignored.\n"
+            "  Leave arch.parallel out, or write branches: '(a|m)'."
+        )
     width = stack.width if stack is not None and stack.width > 0 else None
     tables = arch.get("blocks") or {}
     if not isinstance(tables, Mapping):
@@ -65,7 +102,7 @@ def resolve_model(arch: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     assert stack is not None
     return {
         "pattern": layers,
-        "vocab_size": vocab_size,
+        "vocab_size": vocab_size if own_vocab is None else own_vocab,
         **table_dict(stack),
         "blocks": {letter: spec.table(stack.width) for letter, spec in specs.items()},
     }
@@ -91,6 +128,9 @@ def specs_of(model: Mapping[str, Any]) -> dict[str, BlockSpec]:
 def numerics(model: Mapping[str, Any]) -> dict[str, int]:
     """The numerics numbers of everything that a resolved model computes with, sorted by name."""
     found = dict(MODEL_NUMERICS)
+    stack = stack_of(model)
+    if stack.norm.kind == "layernorm" or stack.norm.final == "layernorm":
+        found |= {"kernel.layer_norm": 1}
     for spec in specs_of(model).values():
         found |= spec.NUMERICS
     return dict(sorted(found.items()))

@@ -17,6 +17,7 @@ TABLE = {
     "d": "zexp.blocks.mlp",
     "g": "zexp.blocks.shared",
     "m": "zexp.blocks.mamba2",
+    "w": "zexp.blocks.window",
 }
 
 

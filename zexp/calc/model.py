@@ -5,13 +5,14 @@ The model is the semantic block that zexp.blocks.resolve.resolve_model returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from zexp.blocks import pattern
 from zexp.blocks.base import FeederSpec
-from zexp.blocks.resolve import specs_of, stack_of
+from zexp.blocks.resolve import Stack, specs_of, stack_of
 
 TRAIN_PER_FORWARD = 3  # a backward pass is two forward passes; nothing is recomputed
 
@@ -20,7 +21,8 @@ TRAIN_PER_FORWARD = 3  # a backward pass is two forward passes; nothing is recom
 class Row:
     """One line of the block table: `count` things of the same kind, summed.
 
-    parameters: stored weights. flops: forward, per token. kv_bytes: per token of context. state_bytes: fixed.
+    parameters: stored weights. active: those that one token is computed with, null = all.
+    flops: forward, per token. kv_bytes: per token of context. state_bytes: fixed.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Row:
     count: int
     parameters: int
     flops: float
+    active: int | None = None
     kv_bytes: int = 0
     state_bytes: int = 0
 
@@ -45,32 +48,49 @@ def block_table(model: Mapping[str, Any], seq_len: int, element_bytes: int = 2) 
         if isinstance(spec, FeederSpec):
             count = sum(pattern.feeder(layer) == letter for layer in layers)
             parameters = spec.copies * spec.parameters(width) + count * spec.call_parameters(width)
+            idle = 0
         else:
             count = sum(letter in pattern.branches(layer) for layer in layers)
-            parameters = count * spec.parameters(width)
+            parameters = count * spec.parameters(width) - spec.missing_in_first(width)
+            idle = count * (spec.parameters(width) - spec.active_parameters(width))
         rows.append(
             Row(
                 name=spec.NAME,
                 letter=letter,
                 count=count,
                 parameters=parameters,
+                active=parameters - idle,
                 flops=count * spec.flops(width, seq_len),
                 kv_bytes=count * spec.kv_bytes_per_token(width, element_bytes),
                 state_bytes=count * spec.state_bytes(width, element_bytes),
             )
         )
-    norms = len(layers) + 1
-    rows.append(Row(name="norms", letter=None, count=norms, parameters=norms * width, flops=0.0))
+    norms, final = _norms(stack, layers)
+    vectors = {"rmsnorm": 1, "layernorm": 2}
+    in_norms = norms * vectors[stack.norm.kind] * width + vectors[final] * width
+    rows.append(Row(name="norms", letter=None, count=norms + 1, parameters=in_norms, flops=0.0))
     rows.append(Row(name="head", letter=None, count=1, parameters=head, flops=2.0 * width * vocab))
     return rows
 
 
+def _norms(stack: Stack, layers: Sequence[str]) -> tuple[int, str]:
+    """How many norms there are before the last one, and the last one's kind."""
+    count = int(stack.norm.embedding)
+    for layer in layers:
+        branches = len(pattern.branches(layer))
+        joined = branches if branches > 1 and stack.parallel.combine == "scaled_mean" else 0
+        count += joined + (branches if stack.parallel.norms == "separate" else 1)
+    return count, stack.norm.final or stack.norm.kind
+
+
 def parameters(model: Mapping[str, Any]) -> dict[str, int]:
     """total: stored weights, a tied matrix once. active: used for one token. embedding: input matrix and untied head."""
-    total = sum(row.parameters for row in block_table(model, seq_len=1))
+    table = block_table(model, seq_len=1)
+    total = sum(row.parameters for row in table)
+    active = sum(row.parameters if row.active is None else row.active for row in table)
     stack = stack_of(model)
     matrices = 1 if stack.tie_embeddings else 2
-    return {"total": total, "active": total, "embedding": matrices * model["vocab_size"] * stack.width}
+    return {"total": total, "active": active, "embedding": matrices * model["vocab_size"] * stack.width}
 
 
 def flops_per_token(model: Mapping[str, Any], seq_len: int) -> dict[str, float]:
@@ -87,6 +107,13 @@ def kv_bytes_per_token(model: Mapping[str, Any], element_bytes: int = 2) -> int:
 def state_bytes(model: Mapping[str, Any], element_bytes: int = 2) -> int:
     """Decoding cache of fixed size, per sequence."""
     return sum(row.state_bytes for row in block_table(model, seq_len=1, element_bytes=element_bytes))
+
+
+def cache_bytes(model: Mapping[str, Any], context: int, element_bytes: int = 2) -> int:
+    """The whole decoding cache of one sequence after `context` tokens."""
+    width, layers = stack_of(model).width, model["pattern"]
+    called = Counter(letter for layer in layers for letter in [*pattern.branches(layer), pattern.feeder(layer)])
+    return sum(called[letter] * spec.cache_bytes(width, context, element_bytes) for letter, spec in specs_of(model).items())
 
 
 def checkpoint_bytes(model: Mapping[str, Any]) -> dict[str, int]:

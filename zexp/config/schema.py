@@ -21,8 +21,18 @@ from zexp.config.identity import execution, semantic
 class Norm:
     """The normalisation in front of every block and before the head."""
 
-    kind: str = semantic("rmsnorm")
+    kind: str = semantic("rmsnorm")  # rmsnorm | layernorm (with bias)
     eps: float = semantic(1e-5)
+    final: Optional[str] = semantic(None, absent=None)  # the kind after the last layer; null = kind
+    embedding: bool = semantic(False, absent=False)  # one more after the embedding (RWKV)
+
+
+@dataclass(kw_only=True)
+class Parallel:
+    """How the branches of a layer like `(a|m)` are fed and joined."""
+
+    combine: str = semantic("sum")  # sum | mean | scaled_mean (a norm with a weight per channel for each branch, then the mean)
+    norms: str = semantic("shared")  # shared: one norm feeds all branches | separate: one each (GPT-NeoX)
 
 
 @dataclass(kw_only=True)
@@ -33,6 +43,9 @@ class Arch:
     width: int = semantic(MISSING)  # model width D
     tie_embeddings: bool = semantic(True)  # the head is the embedding's transpose
     norm: Norm = semantic(factory=Norm)
+    parallel: Parallel = semantic(factory=Parallel, absent=Parallel())
+    logit_softcap: Optional[float] = semantic(None, absent=None)  # c: logits become c · tanh(logits / c); null = not
+    vocab_size: Optional[int] = semantic(None, absent=None)  # rows of the embedding; null = the tokenizer's
     blocks: dict[str, Any] = semantic(factory=dict)  # letter -> that block's keys
 
 
@@ -276,6 +289,6 @@ class Run:
 def schemas() -> list[type]:
     """Every dataclass of the schema, for the test that each field is declared."""
     return [
-        Norm, Arch, Source, MixSource, Mix, Tokenizer, Packing, Corpus, Schedule, Phase, Replay, Anneal, Optim,
+        Norm, Parallel, Arch, Source, MixSource, Mix, Tokenizer, Packing, Corpus, Schedule, Phase, Replay, Anneal, Optim,
         Parallelism, Kernels, Eval, Logger, Keep, Checkpoint, Divergence, Execution, Seeds, Study, Run,
     ]  # fmt: skip

@@ -33,8 +33,13 @@ def build(
 
 
 def decayed(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay applies to: the matrices of linear maps, a head of its own included.
+    """Names of the parameters that weight decay applies to: the matrices of linear maps, a head of its own included,
+    and what blocks name in DECAYED (experts' matrices).
 
     Not: embeddings (and a head tied to them), norms, biases, convolutions, A_log, D, dt_bias.
     """
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names: list[str] = []
+    for name, module in model.named_modules():
+        own = ["weight"] if isinstance(module, nn.Linear) else getattr(module, "DECAYED", ())
+        names += [f"{name}.{parameter}" for parameter in own]
+    return names

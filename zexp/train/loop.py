@@ -138,6 +138,7 @@ class _Loop:
         if reason is not None:
             return reason
         optimizer.step(training.optimizer, lr)
+        training.model.after_step()
         training.intervals = fingerprint.extended(training.intervals, training.tokens, end, self.fingerprint)
         training.tokens, training.step, training.above = end, step, self.watch.above
         self._progress(target, loss=loss, tokens_per_second=rate)

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zexp.blocks.cache import Cache, Recurrent
+from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
+from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.mamba2.spec import Spec
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d
-from zexp.kernels.documents import Documents
-from zexp.kernels.gated_norm.torch_backend import gated_norm
-from zexp.kernels.ssd.torch_backend import ssd
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
+from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
+from zexp.kernels.precision import at_least_fp32
+from zexp.kernels.ssd.torch_backend import ssd, ssd_continue
 
 # Initial ranges of the published models (state-spaces/mamba, modules/mamba2.py).
 DT_RANGE = (1e-3, 1e-1)  # log-uniform
@@ -24,12 +27,12 @@ DT_FLOOR = 1e-4
 DECAY_RANGE = (1.0, 16.0)  # of -A, uniform
 
 
-class Layer(nn.Module):
+class Layer(BlockLayer):
     """z, xBC, dt = in_proj(u); xBC = silu(conv(xBC)); y = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C) + D x;
     out_proj(norm(y * silu(z))).
     """
 
-    def __init__(self, spec: Spec, width: int, eps: float):
+    def __init__(self, spec: Spec, width: int, eps: float, place: Place):
         super().__init__()
         self.spec, self.eps = spec, eps
         inner, heads, channels = spec.inner(width), spec.heads(width), spec.conv_channels(width)
@@ -58,20 +61,46 @@ class Layer(nn.Module):
         draw.constant(self.norm_weight, 1.0)
         draw.linear(self.out_proj, residual=True)
 
-    def forward(self, x_BTD: Tensor, documents: Documents | None) -> Tensor:
-        spec = self.spec
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         z_BTI, mixed_BTC, dt_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
-        mixed_BTC = causal_conv1d(mixed_BTC, self.conv_weight, self.conv_bias, documents)
+        mixed_BTC = causal_conv1d(mixed_BTC, self.conv_weight, self.conv_bias, context.documents)
+        inputs = self._scanned(mixed_BTC, dt_BTH)
+        y_BTHP = ssd(*inputs, chunk=self.spec.chunk, documents=context.documents)
+        return self._out(y_BTHP, z_BTI)
+
+    def new_cache(self, batch: int, like: Tensor) -> Cache:
+        inner, channels, _ = self.splits
+        groups, state_size = self.spec.groups, self.spec.state_size
+        return Recurrent(
+            conv=like.new_zeros(batch, self.spec.conv_width, channels),
+            state=at_least_fp32(like.new_zeros(batch, groups, state_size, inner // groups)),
+        )
+
+    @torch.no_grad()
+    def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
+        assert isinstance(cache, Recurrent)
+        z_BTI, mixed_BTC, dt_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
+        mixed_BTC, cache["conv"] = causal_conv1d_continue(mixed_BTC, self.conv_weight, self.conv_bias, cache["conv"])
+        y_BTHP, cache["state"] = ssd_continue(*self._scanned(mixed_BTC, dt_BTH), cache["state"], chunk=self.spec.chunk)
+        return self._out(y_BTHP, z_BTI)
+
+    def _scanned(self, mixed_BTC: Tensor, dt_BTH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, dt, A, B, C, D as the scan takes them."""
+        spec = self.spec
         shared = spec.groups * spec.state_size
         x_BTI, b, c = mixed_BTC.split((self.splits[0], shared, shared), dim=-1)
-        y_BTHP = ssd(
+        dt = F.softplus(at_least_fp32(dt_BTH) + self.dt_bias)
+        if spec.dt_min is not None or spec.dt_max is not None:
+            dt = dt.clamp(spec.dt_min, spec.dt_max)
+        return (
             x_BTI.unflatten(-1, (-1, spec.head_dim)),
-            F.softplus(dt_BTH.float() + self.dt_bias),
-            -self.A_log.float().exp(),
+            dt,
+            -at_least_fp32(self.A_log).exp(),
             b.unflatten(-1, (spec.groups, -1)),
             c.unflatten(-1, (spec.groups, -1)),
             self.D,
-            chunk=spec.chunk,
-            documents=documents,
         )
-        return self.out_proj(gated_norm(y_BTHP.flatten(2), z_BTI, self.norm_weight, self.eps, spec.groups))
+
+    def _out(self, y_BTHP: Tensor, z_BTI: Tensor) -> Tensor:
+        norm = norm_gated if self.spec.norm_before_gate else gated_norm
+        return self.out_proj(norm(y_BTHP.flatten(2), z_BTI, self.norm_weight, self.eps, self.spec.groups))

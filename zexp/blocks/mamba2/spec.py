@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zexp.blocks.base import BlockSpec, Role, unit_problems
+from zexp.config.identity import semantic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class Spec(BlockSpec):
     expand: inner width / model width. state_size: N per head. head_dim: P. groups: G sets of B and C, each shared
     by H / G heads. conv_width: K, positions the causal convolution sees, itself included.
     chunk: Q, tokens per block of the chunked algorithm; it changes speed and last bits only.
-    dt is not clamped after its softplus.
+    dt_min, dt_max: what dt is clamped to after its softplus; null = not (the published models in the vendor's code).
+    norm_before_gate: norm(y) · silu(z) instead of norm(y · silu(z)).
     """
 
     ROLE: ClassVar[Role] = "mixer"
@@ -36,6 +38,9 @@ class Spec(BlockSpec):
     groups: int = 1
     conv_width: int = 4
     chunk: int = 256
+    dt_min: float | None = semantic(None, absent=None)
+    dt_max: float | None = semantic(None, absent=None)
+    norm_before_gate: bool = semantic(False, absent=False)
 
     def inner(self, width: int) -> int:
         return self.expand * width
@@ -63,6 +68,12 @@ class Spec(BlockSpec):
                 f"{where}.groups = {self.groups}: {self.heads(width)} heads cannot be shared evenly by {self.groups} "
                 f"groups.\n  Choose a divisor of {self.heads(width)}."
             )
+        if self.dt_min is not None and self.dt_min < 0:
+            found.append(f"{where}.dt_min = {self.dt_min}: time steps are positive; choose 0 or more, or null.")
+        if self.dt_max is not None and self.dt_max <= (self.dt_min or 0):
+            found.append(
+                f"{where}.dt_max = {self.dt_max}: it must be above dt_min ({self.dt_min or 0}), or null for none."
+            )
         return found
 
     def parameters(self, width: int) -> int:
@@ -72,10 +83,23 @@ class Spec(BlockSpec):
         return in_proj + conv + 3 * heads + inner + inner * width
 
     def flops(self, width: int, seq_len: int) -> float:
-        inner, heads, channels = self.inner(width), self.heads(width), self.conv_channels(width)
+        inner, channels = self.inner(width), self.conv_channels(width)
         q, n, g = min(self.chunk, seq_len), self.state_size, self.groups
         scan = 2 * q * n * g + 2 * q * inner + 4 * n * inner + 2 * n * inner / q
-        return 2 * width * (inner + channels + heads) + 2 * self.conv_width * channels + scan + 2 * inner * width
+        return self.matmul_flops(width) + 2 * self.conv_width * channels + scan
+
+    def matmul_flops(self, width: int) -> float:
+        inner, heads, channels = self.inner(width), self.heads(width), self.conv_channels(width)
+        return 2 * width * (inner + channels + heads) + 2 * inner * width
+
+    def saved_elements(self, width: int, seq_len: int) -> float:
+        inner, heads, channels = self.inner(width), self.heads(width), self.conv_channels(width)
+        q, shared = min(self.chunk, seq_len), self.groups * self.state_size
+        convolved = 3 * channels  # before it, its sigmoid, after it
+        # dt before and after its softplus and with its bias; summed decays, entry and exit weights.
+        scan = 6 * heads + self.state_size * inner / q + self.groups * q + inner
+        x_copied = 0 if shared == 0 else 0
+        return width + convolved + scan + x_copied + 4 * inner + self.groups
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
         return (self.inner(width) * self.state_size + self.conv_channels(width) * self.conv_width) * element_bytes

@@ -37,4 +37,11 @@ class Spec(BlockSpec):
         return width * inner + self.width * width + self.bias * (inner + width)
 
     def flops(self, width: int, seq_len: int) -> float:
+        return self.matmul_flops(width)
+
+    def matmul_flops(self, width: int) -> float:
         return (6 if self.gated else 4) * width * self.width
+
+    def saved_elements(self, width: int, seq_len: int) -> float:
+        # Gated: gate and up, the gate's activation, their product. Plain: before and after the activation.
+        return width + self.width * (4 if self.gated else 2 + (self.activation == "relu2"))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zexp.blocks.cache import KeyValues
+from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.norm import RmsNorm
 from zexp.blocks.shared.spec import Spec
 from zexp.kernels.activation.torch_backend import gated
 from zexp.kernels.attention.torch_backend import attention
-from zexp.kernels.documents import Documents
 from zexp.kernels.rotary.torch_backend import rotary
 
 
@@ -80,8 +81,26 @@ class Shared(nn.Module):
         for linear in (self.qkv, self.out, self.up, self.down):
             draw.linear(linear)
 
-    def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor, call: Call, documents: Documents | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor, call: Call, context: Context) -> Tensor:
         """What is added to the input of the layer that the block feeds, (B, T, D)."""
+        q, k, v = self._projections(hidden_BTD, embedded_BTD, call, start=0)
+        return self._out(attention(q, k, v, scale=self.scale, documents=context.documents), call)
+
+    def new_cache(self) -> KeyValues:
+        """The memory of one call; every call has its own."""
+        return KeyValues()
+
+    @torch.no_grad()
+    def decode(self, hidden_BTD: Tensor, embedded_BTD: Tensor, call: Call, cache: KeyValues) -> Tensor:
+        """The same for the next T positions after those that the call's cache has seen."""
+        q, k, v = self._projections(hidden_BTD, embedded_BTD, call, start=cache.seen)
+        keys, values = cache.append(k, v)
+        return self._out(attention(q, keys, values, scale=self.scale), call)
+
+    def _projections(
+        self, hidden_BTD: Tensor, embedded_BTD: Tensor, call: Call, start: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, (B, T, H, P) each."""
         x_BTE = torch.cat((hidden_BTD, embedded_BTD), dim=-1) if self.spec.concat_embeddings else hidden_BTD
         x_BTE = self.input_norm(x_BTE)
         qkv = self.qkv(x_BTE)
@@ -89,8 +108,10 @@ class Shared(nn.Module):
             qkv = qkv + torch.cat([adapter(x_BTE) for adapter in call.qkv], dim=-1)
         q, k, v = qkv.unflatten(-1, (3 * self.spec.heads, -1)).split(self.spec.heads, dim=2)
         if self.spec.rope_theta is not None:
-            q, k = rotary(q, self.spec.rope_theta), rotary(k, self.spec.rope_theta)
-        mixed_BTHP = attention(q, k, v, scale=self.scale, documents=documents)
+            q, k = rotary(q, self.spec.rope_theta, start=start), rotary(k, self.spec.rope_theta, start=start)
+        return q, k, v
+
+    def _out(self, mixed_BTHP: Tensor, call: Call) -> Tensor:
         y_BTD = self.mlp_norm(self.out(mixed_BTHP.flatten(2)))
         up = self.up(y_BTD)
         if call.mlp is not None:

@@ -85,8 +85,18 @@ class Spec(FeederSpec):
 
     def flops(self, width: int, seq_len: int) -> float:
         entered = self.input_width(width)
-        attention = 6 * entered * entered + 2 * entered * width + 2 * (seq_len + 1) * entered
+        return self.matmul_flops(width) + 2 * (seq_len + 1) * entered
+
+    def matmul_flops(self, width: int) -> float:
+        entered = self.input_width(width)
+        attention = 6 * entered * entered + 2 * entered * width
         return attention + 6 * width * self.mlp_width + 2 * self.call_parameters(width)
+
+    def saved_elements(self, width: int, seq_len: int) -> float:
+        entered = self.input_width(width)
+        attention = 2 * entered + 4 * entered + self.heads + 1  # before and after its norm; q, k, v and the output
+        adapters = 3 * self.lora_rank.attention + self.lora_rank.mlp
+        return attention + adapters + 2 * width + 1 + 4 * self.mlp_width + self.call_linear * width
 
     def kv_bytes_per_token(self, width: int, element_bytes: int) -> int:
         return 2 * self.input_width(width) * element_bytes

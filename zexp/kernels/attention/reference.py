@@ -7,14 +7,26 @@ from torch import Tensor
 
 
 def attention(
-    q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, *, scale: float, documents_BT: Tensor | None = None
+    q_BTHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    documents_BT: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v over the keys s <= t of the same document.  Source: Vaswani et al. 2017, eq. (1)."""
-    repeats = q_BTHP.shape[2] // k_BTGP.shape[2]
-    k, v = k_BTGP.repeat_interleave(repeats, dim=2), v_BTGP.repeat_interleave(repeats, dim=2)
+    """softmax(scale q k^T) v over the keys at most the query's position (S - T + t), fewer than `window` before it,
+    and of the same document.  Source: Vaswani et al. 2017, eq. (1).
+    """
+    repeats = q_BTHP.shape[2] // k_BSGP.shape[2]
+    k, v = k_BSGP.repeat_interleave(repeats, dim=2), v_BSGP.repeat_interleave(repeats, dim=2)
     scores = torch.einsum("bthp,bshp->bhts", q_BTHP, k) * scale
-    length = q_BTHP.shape[1]
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    queries, keys = q_BTHP.shape[1], k.shape[1]
+    position = torch.arange(queries)[:, None] + keys - queries
+    key = torch.arange(keys)
+    hidden = key > position
+    if window is not None:
+        hidden = hidden | (position - key >= window)
     if documents_BT is not None:
         hidden = hidden | (documents_BT[:, None, :, None] != documents_BT[:, None, None, :])
     return torch.einsum("bhts,bshp->bthp", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)

@@ -18,6 +18,14 @@ def gated_norm(y: Tensor, z: Tensor, weight_I: Tensor, eps: float, groups: int) 
     return _GatedNorm.apply(y, z, weight_I, eps, groups)
 
 
+def norm_gated(y: Tensor, z: Tensor, weight_I: Tensor, eps: float, groups: int) -> Tensor:
+    """RMSNorm of y times weight times silu(z), in y's dtype; each of `groups` equal parts of I is normed by itself."""
+    y_hi, z_hi = at_least_fp32(y), at_least_fp32(z)
+    parts = y_hi.unflatten(-1, (groups, -1))
+    normed = (parts * (parts.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2)
+    return (normed * weight_I * torch.nn.functional.silu(z_hi)).to(y.dtype)
+
+
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight_I: Tensor, eps: float, groups: int) -> Tensor:

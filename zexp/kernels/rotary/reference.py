@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 
-def rotary(x_BTHP: Tensor, theta: float) -> Tensor:
-    """Channel pairs (i, i + P/2) as complex numbers times exp(1j * t * theta^(-2i/P))."""
+def rotary(x_BTHP: Tensor, theta: float, *, turned: int | None = None, start: int = 0) -> Tensor:
+    """Channel pairs (i, i + R/2) of a head's first R as complex numbers times exp(1j * (start + t) * theta^(-2i/R))."""
     _, length, _, width = x_BTHP.shape
+    width = width if turned is None else turned
     half = width // 2
-    pairs = torch.complex(x_BTHP[..., :half].double(), x_BTHP[..., half:].double())
+    pairs = torch.complex(x_BTHP[..., :half].double(), x_BTHP[..., half:width].double())
     frequencies = theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequencies
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((turned.real, turned.imag), dim=-1).to(x_BTHP.dtype)
+    angles = torch.arange(start, start + length, dtype=torch.float64)[:, None, None] * frequencies
+    rotated = pairs * torch.polar(torch.ones_like(angles), angles)
+    passed = x_BTHP[..., width:].double()
+    return torch.cat((rotated.real, rotated.imag, passed), dim=-1).to(x_BTHP.dtype)

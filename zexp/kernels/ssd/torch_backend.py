@@ -61,6 +61,48 @@ def ssd(
     return (y[:, :length] if padding else y).to(x_BTHP.dtype)
 
 
+@torch.no_grad()
+def ssd_continue(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    a_H: Tensor,
+    b_BTGN: Tensor,
+    c_BTGN: Tensor,
+    d_H: Tensor,
+    state_BGNJ: Tensor,
+    *,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """The same from a state, and the state after the last position: (B, T, H, P) and (B, G, N, J·P). No gradient.
+
+    state_BGNJ: fp32 at least, with J·P = the channels of a group's heads. One position takes the recurrence itself.
+    """
+    length, dtype = x_BTHP.shape[1], x_BTHP.dtype
+    inputs = [at_least_fp32(tensor) for tensor in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)]
+    if length == 1:
+        x, dt, b, c = (tensor[:, 0] for tensor in inputs)
+        decay_BGJ = _per_channel((dt * a_H).exp(), state_BGNJ)
+        written_BGJ = (x * dt[..., None]).view(decay_BGJ.shape)
+        state = torch.addcmul(state_BGNJ * decay_BGJ[:, :, None], b[..., None], written_BGJ[:, :, None])
+        y = torch.matmul(c[:, :, None], state).view(x.shape).addcmul(x, d_H[:, None])
+        return y[:, None].to(dtype), state
+    size = min(chunk, length)
+    padding = -length % size
+    if padding:
+        inputs = [F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) for tensor in inputs]
+    x, dt, b, c = inputs
+    scan = _scan(x, dt, a_H, b, c, d_H, size, initial=state_BGNJ)
+    last = _per_channel(scan.carry_BCH[:, -1], state_BGNJ)[:, :, None]
+    state = torch.addcmul(scan.leaving[:, -1], scan.entering[:, -1], last)
+    return scan.y_BTHP[:, :length].to(dtype), state
+
+
+def _per_channel(values_BH: Tensor, state_BGNJ: Tensor) -> Tensor:
+    """A number a head, (B, H), repeated to (B, G, J·P)."""
+    groups, channels = state_BGNJ.shape[1], state_BGNJ.shape[3]
+    return values_BH.unflatten(1, (groups, -1)).repeat_interleave(channels * groups // values_BH.shape[1], dim=2)
+
+
 class _Masks(NamedTuple):
     """What document boundaries switch off; each is 0 or 1."""
 
@@ -82,6 +124,70 @@ def _masks(ids_BT: Tensor, chunk: int, dtype: torch.dtype) -> _Masks:
     )
 
 
+class _Scan(NamedTuple):
+    """What the forward pass computes and the backward pass reads again."""
+
+    y_BTHP: Tensor
+    cum_MQH: Tensor
+    entry_MQH: Tensor
+    exit_MQH: Tensor
+    carry_BCH: Tensor
+    leaving: Tensor  # (B, C, G, N, JP): what each chunk adds to the state
+    entering: Tensor  # (B, C, G, N, JP): the state at each chunk's start
+    scores_MGQQ: Tensor
+
+
+def _scan(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    a_H: Tensor,
+    b_BTGN: Tensor,
+    c_BTGN: Tensor,
+    d_H: Tensor,
+    chunk: int,
+    masks: _Masks | None = None,
+    initial: Tensor | None = None,
+) -> _Scan:
+    """T is a multiple of chunk. initial: the state (B, G, N, JP) before the first position, None = zero."""
+    batch, length, heads, width = x_BTHP.shape
+    groups = b_BTGN.shape[2]
+    chunks = length // chunk
+    x_MQHP, dt_MQH, b_MQGN, c_MQGN = (
+        tensor.reshape(batch * chunks, chunk, *tensor.shape[2:]) for tensor in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)
+    )
+    cum_MQH = (dt_MQH * a_H).cumsum(1)
+    entry_MQH = cum_MQH.exp()
+    exit_MQH = (cum_MQH[:, -1:] - cum_MQH).exp_()
+    carry_BCH = entry_MQH[:, -1].unflatten(0, (batch, chunks))
+    if masks is not None:
+        entry_MQH = entry_MQH * masks.entry_MQ[..., None]
+        exit_MQH = exit_MQH * masks.exit_MQ[..., None]
+        carry_BCH = carry_BCH * masks.carry_BC[..., None]
+
+    written_MQHP = x_MQHP * dt_MQH[..., None]
+    leaving = torch.matmul(_by_group(b_MQGN).mT, _heads_by_group(written_MQHP * exit_MQH[..., None], groups))
+    leaving = leaving.unflatten(0, (batch, chunks))
+    entering = _carry(leaving, carry_BCH, initial)
+    read = torch.matmul(_by_group(c_MQGN), entering.flatten(0, 1))  # (M, G, Q, JP)
+
+    scores_MGQQ = torch.matmul(_by_group(c_MQGN), _by_group(b_MQGN).mT).tril_()
+    if masks is not None:
+        scores_MGQQ *= masks.pair_MQQ[:, None]
+    y_MQHP = _from_groups(read, heads).mul_(entry_MQH[..., None])
+    _read_inside(y_MQHP, cum_MQH, scores_MGQQ, written_MQHP)
+    y_MQHP.addcmul_(x_MQHP, d_H[:, None])
+    return _Scan(
+        y_MQHP.view(batch, length, heads, width),
+        cum_MQH,
+        entry_MQH,
+        exit_MQH,
+        carry_BCH,
+        leaving,
+        entering,
+        scores_MGQQ,
+    )
+
+
 class _Ssd(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,34 +201,8 @@ class _Ssd(torch.autograd.Function):
         chunk: int,
         ids_BT: Tensor | None,
     ) -> Tensor:
-        batch, length, heads, width = x_BTHP.shape
-        groups = b_BTGN.shape[2]
-        chunks = length // chunk
         masks = None if ids_BT is None else _masks(ids_BT, chunk, x_BTHP.dtype)
-        x_MQHP, dt_MQH, b_MQGN, c_MQGN = (
-            tensor.reshape(batch * chunks, chunk, *tensor.shape[2:]) for tensor in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)
-        )
-        cum_MQH = (dt_MQH * a_H).cumsum(1)
-        entry_MQH = cum_MQH.exp()
-        exit_MQH = (cum_MQH[:, -1:] - cum_MQH).exp_()
-        carry_BCH = entry_MQH[:, -1].unflatten(0, (batch, chunks))
-        if masks is not None:
-            entry_MQH = entry_MQH * masks.entry_MQ[..., None]
-            exit_MQH = exit_MQH * masks.exit_MQ[..., None]
-            carry_BCH = carry_BCH * masks.carry_BC[..., None]
-
-        written_MQHP = x_MQHP * dt_MQH[..., None]
-        leaving = torch.matmul(_by_group(b_MQGN).mT, _heads_by_group(written_MQHP * exit_MQH[..., None], groups))
-        entering = _carry(leaving.unflatten(0, (batch, chunks)), carry_BCH)  # (B, C, G, N, JP)
-        read = torch.matmul(_by_group(c_MQGN), entering.flatten(0, 1))  # (M, G, Q, JP)
-
-        scores_MGQQ = torch.matmul(_by_group(c_MQGN), _by_group(b_MQGN).mT).tril_()
-        if masks is not None:
-            scores_MGQQ *= masks.pair_MQQ[:, None]
-        y_MQHP = _from_groups(read, heads).mul_(entry_MQH[..., None])
-        _read_inside(y_MQHP, cum_MQH, scores_MGQQ, written_MQHP)
-        y_MQHP.addcmul_(x_MQHP, d_H[:, None])
-        y_BTHP = y_MQHP.view(batch, length, heads, width)
+        scan = _scan(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, chunk, masks)
         ctx.save_for_backward(
             x_BTHP,
             dt_BTH,
@@ -130,16 +210,16 @@ class _Ssd(torch.autograd.Function):
             b_BTGN,
             c_BTGN,
             d_H,
-            cum_MQH,
-            entry_MQH,
-            exit_MQH,
-            carry_BCH,
-            entering,
-            scores_MGQQ,
-            y_BTHP,
+            scan.cum_MQH,
+            scan.entry_MQH,
+            scan.exit_MQH,
+            scan.carry_BCH,
+            scan.entering,
+            scan.scores_MGQQ,
+            scan.y_BTHP,
             None if masks is None else masks.pair_MQQ,
         )
-        return y_BTHP
+        return scan.y_BTHP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -292,11 +372,11 @@ def _wide(carry_BCH: Tensor, like: Tensor) -> Tensor:
     return carry_BCH.unflatten(2, (groups, -1)).repeat_interleave(inner * groups // heads, dim=3)[:, :, :, None]
 
 
-def _carry(leaving: Tensor, carry_BCH: Tensor) -> Tensor:
+def _carry(leaving: Tensor, carry_BCH: Tensor, initial: Tensor | None = None) -> Tensor:
     """The state that enters each chunk, from what each chunk adds: (B, C, G, N, J·P)."""
     wide = _wide(carry_BCH, leaving)
     entering = torch.empty_like(leaving)
-    entering[:, 0] = 0
+    entering[:, 0] = 0 if initial is None else initial
     for n in range(1, leaving.shape[1]):
         torch.addcmul(leaving[:, n - 1], entering[:, n - 1], wide[:, n - 1], out=entering[:, n])
     return entering

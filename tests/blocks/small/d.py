@@ -1,0 +1,9 @@
+from typing import Any
+
+TABLES: dict[str, dict[str, Any]] = {
+    "swiglu": {"width": 20},
+    "geglu": {"width": 12, "activation": "geglu_erf", "bias": True},
+    "geglu tanh": {"width": 12, "activation": "geglu_tanh"},
+    "gelu": {"width": 12, "activation": "gelu_erf"},
+    "relu2": {"width": 12, "activation": "relu2", "bias": True},
+}
