@@ -7,7 +7,7 @@ import torch
 
 from zexp.kernels.documents import Documents
 from zexp.kernels.ssd import reference
-from zexp.kernels.ssd.torch_backend import ssd
+from zexp.kernels.ssd.torch_backend import ssd, ssd_continue
 
 # B rows · T positions · H heads · P head width · G groups · N state size · Q chunk
 CASES = [
@@ -46,6 +46,19 @@ def test_outputs_and_gradients_equal_the_recurrence(case, packed):
         strict=True,
     ):
         torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("parts", [[1] * 13, [13], [5, 1, 1, 6], [4, 8, 1]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], (1, 13, 4, 3, 1, 5, 4), (1, 13, 4, 2, 4, 2, 5)])
+def test_a_scan_goes_on_where_it_stopped(case, parts):
+    x, dt, a, b, c, d = (tensor.detach() for tensor in inputs(case, torch.float64))
+    whole = reference.ssd(x, dt, a, b, c, d)
+    _, _, heads, width, groups, size, chunk = case
+    state, rows = x.new_zeros(1, groups, size, heads * width // groups), []
+    for pieces in zip(*(tensor.split(parts, dim=1) for tensor in (x, dt, b, c)), strict=True):
+        y, state = ssd_continue(pieces[0], pieces[1], a, pieces[2], pieces[3], d, state, chunk=chunk)
+        rows.append(y)
+    torch.testing.assert_close(torch.cat(rows, dim=1), whole, rtol=1e-10, atol=1e-12)
 
 
 def test_gradcheck():

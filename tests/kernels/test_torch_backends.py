@@ -15,17 +15,18 @@ from zexp.kernels.activation.torch_backend import mlp_activation
 from zexp.kernels.attention import reference as attention_reference
 from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.causal_conv1d import reference as conv_reference
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
 from zexp.kernels.cross_entropy import reference as loss_reference
 from zexp.kernels.cross_entropy import torch_backend as loss_backend
 from zexp.kernels.cross_entropy.torch_backend import linear_cross_entropy
 from zexp.kernels.documents import Documents
 from zexp.kernels.gated_norm import reference as gated_norm_reference
-from zexp.kernels.gated_norm.torch_backend import gated_norm
+from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
 from zexp.kernels.rms_norm import reference as rms_norm_reference
 from zexp.kernels.rms_norm.torch_backend import rms_norm
 from zexp.kernels.rotary import reference as rotary_reference
-from zexp.kernels.rotary.torch_backend import rotary
+from zexp.kernels.rotary.scaling import RopeScaling
+from zexp.kernels.rotary.torch_backend import frequencies, rotary
 
 IDS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 6, 6, 6, 6, 6, 6, 9, 9]])
 
@@ -77,6 +78,39 @@ def test_causal_conv1d(width, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+def test_causal_conv1d_alone(biased, packed):
+    ids = IDS if packed else None
+    assert_same(
+        lambda x, w, *b: causal_conv1d(x, w, *(b or [None]), None if ids is None else Documents(ids), silu=False),
+        lambda x, w, *b: conv_reference.causal_conv1d(x, w, *(b or [None]), ids, silu=False),
+        drawn((2, 9, 3), (3, 4), *([(3,)] if biased else [])),
+    )
+
+
+@pytest.mark.parametrize("silu", [False, True], ids=["alone", "silu"])
+@pytest.mark.parametrize("width", [1, 2, 4], ids="K{}".format)
+def test_causal_conv1d_goes_on_where_it_stopped(width, silu):
+    x, weight, bias = (tensor.detach() for tensor in drawn((2, 9, 3), (3, width), (3,)))
+    whole = causal_conv1d(x, weight, bias, silu=silu)
+    tail, parts = x.new_zeros(2, width, 3), []
+    for part in x.split([4, 1, 1, 3], dim=1):
+        y, tail = causal_conv1d_continue(part, weight, bias, tail, silu=silu)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
+    assert torch.equal(tail, x[:, 9 - width :])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_norm_before_the_gate(groups):
+    def truth(y, z, w):
+        parts = y.unflatten(-1, (groups, -1))
+        return (parts / (parts.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * w * z * z.sigmoid()
+
+    assert_same(lambda y, z, w: norm_gated(y, z, w, 1e-5, groups), truth, drawn((2, 3, 8), (2, 3, 8), (8,)))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4], ids="G{}".format)
 def test_attention(kv_heads, packed):
     ids = IDS if packed else None
@@ -87,8 +121,46 @@ def test_attention(kv_heads, packed):
     )
 
 
-def test_rotary():
-    assert_same(lambda x: rotary(x, 100.0), lambda x: rotary_reference.rotary(x, 100.0), drawn((2, 9, 3, 6)))
+# Windows of a row of 9: those below 4.5 run in blocks; 4 and 2 leave a block that is not full.
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 9, 20], ids="W{}".format)
+def test_attention_to_a_window(window, packed):
+    ids = IDS if packed else None
+    assert_same(
+        lambda q, k, v: attention(q, k, v, scale=0.4, window=window, documents=None if ids is None else Documents(ids)),
+        lambda q, k, v: attention_reference.attention(q, k, v, scale=0.4, window=window, documents_BT=ids),
+        drawn((2, 9, 4, 6), (2, 9, 2, 6), (2, 9, 2, 6)),
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 20], ids="W{}".format)
+@pytest.mark.parametrize("queries", [1, 2, 7])
+def test_attention_of_the_last_positions(queries, window):
+    assert_same(
+        lambda q, k, v: attention(q, k, v, scale=0.4, window=window),
+        lambda q, k, v: attention_reference.attention(q, k, v, scale=0.4, window=window),
+        drawn((2, queries, 4, 6), (2, 9, 2, 6), (2, 9, 2, 6)),
+    )
+
+
+@pytest.mark.parametrize("start", [0, 1, 300])
+@pytest.mark.parametrize("turned", [None, 2, 4])
+def test_rotary(turned, start):
+    assert_same(
+        lambda x: rotary(x, 100.0, turned=turned, start=start),
+        lambda x: rotary_reference.rotary(x, 100.0, turned=turned, start=start),
+        drawn((2, 9, 3, 6)),
+    )
+
+
+def test_rotary_scaling_slows_what_turns_slowly():
+    scaling = RopeScaling(factor=8.0, low_turns=1.0, high_turns=4.0, original_positions=64)
+    plain, scaled = frequencies(32, 10_000.0, None), frequencies(32, 10_000.0, scaling)
+    turns = plain * 64 / (2 * math.pi)
+    assert torch.equal(scaled[turns >= 4], plain[turns >= 4])
+    torch.testing.assert_close(scaled[turns <= 1], plain[turns <= 1] / 8)
+    between = (turns > 1) & (turns < 4)
+    assert between.any() and (scaled < plain)[between].all() and (scaled > plain / 8)[between].all()
 
 
 @pytest.mark.parametrize("name", [*GATED, *PLAIN])
@@ -98,18 +170,19 @@ def test_mlp_activation(name):
     )
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7], ids=["plain", "softcap"])
 @pytest.mark.parametrize("rows", [1, 3, 100], ids="slices of {}".format)
-def test_linear_cross_entropy(rows, monkeypatch):
+def test_linear_cross_entropy(rows, softcap, monkeypatch):
     monkeypatch.setattr(loss_backend, "SLICE_ELEMENTS", rows * 11)
     hidden, weight = drawn((7, 5), (11, 5))
     labels = torch.tensor([3, -100, 0, 10, 3, -100, 7])
     ours, truth = (
-        linear_cross_entropy(hidden, weight, labels),
-        loss_reference.linear_cross_entropy(hidden, weight, labels),
+        linear_cross_entropy(hidden, weight, labels, softcap),
+        loss_reference.linear_cross_entropy(hidden, weight, labels, softcap),
     )
     torch.testing.assert_close(ours, truth.double(), rtol=1e-6, atol=0)  # the reference takes its softmax in fp32
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels), (hidden, weight))
-    assert torch.autograd.gradcheck(lambda h: 3.0 * linear_cross_entropy(h, weight.detach(), labels), (hidden,))
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, softcap), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h: 3.0 * linear_cross_entropy(h, weight.detach(), labels, softcap), (hidden,))
 
 
 def test_the_loss_of_a_hopeless_label_is_finite():
