@@ -87,3 +87,24 @@ def test_a_layer_says_what_feeds_it_and_what_it_adds():
     assert (feeder("(a|m)"), branches("(a|m)")) == (None, ["a", "m"])
     assert (feeder("g(a|m)"), branches("g(a|m)")) == ("g", ["a", "m"])
     assert letters(["m", "gm", "(a|m)"]) == ["m", "g", "a"]
+
+
+def test_positions_place_layers():
+    table = {"layers": 7, "fill": "m", "at": {"gm": [1, 4], "(a|m)": [6]}}
+    assert expand(table) == ["m", "gm", "m", "m", "gm", "m", "(a|m)"]
+    assert expand({"layers": 2, "fill": "a"}) == ["a", "a"]
+
+
+def test_all_mistakes_of_a_table_of_positions_are_reported_at_once():
+    table = {"layers": 6, "fill": "a d", "at": {"gm": [1, 1, 9], "a": [1, "2"], "ma(": [3], "d": [1]}, "rest": 1}
+    with pytest.raises(ConfigError) as error:
+        expand(table)
+    for part in (
+        "found rest",
+        "arch.pattern.fill = 'a d': one layer is expected",
+        "arch.pattern.at.gm: layer 1 also stands twice",
+        "arch.pattern.at.gm: there is no layer 9; layers are numbered 0 to 5",
+        "arch.pattern.at.a = [1, '2']: a list of layer numbers from 0",
+        "arch.pattern.at.d: layer 1 also stands in arch.pattern.at.gm",
+    ):
+        assert part in str(error.value)

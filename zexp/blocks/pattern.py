@@ -7,24 +7,32 @@
 Two letters written together are one layer: the first one feeds the input of the second ("gm"). A group with
 bars is one layer of parallel branches ("(a|m)"). A string of M * - E alone, without blanks, is Megatron's
 hybrid notation (M Mamba2, * attention, - MLP, E mixture of experts) and is read as such.
+
+Where layers are best said by their positions (from 0), a pattern is a table:
+
+    pattern: {layers: 38, fill: m, at: {gm: [5, 11, 17, 23, 29, 35]}}
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from zexp.config.errors import ConfigError
+from zexp.config.errors import ConfigError, Problems
 
 MEGATRON = {"M": "m", "*": "a", "-": "d", "E": "e"}
 MAX_LAYERS = 10_000  # far above any model; stops '99999999*m' before it fills the memory
 
 
-def expand(pattern: str | Sequence[str]) -> list[str]:
+def expand(pattern: str | Sequence[str] | Mapping[str, Any]) -> list[str]:
     """The layers of a pattern, in order; a list of patterns is read one after the other.
 
-    Raises ConfigError with the character (counted from 1) at which the pattern stops making sense.
+    Raises ConfigError with the character (counted from 1) at which the pattern stops making sense, or with every mistake
+    of a table of positions.
     """
+    if isinstance(pattern, Mapping):
+        return _expand_positions(pattern)
     if isinstance(pattern, str):
         return _expand_text(pattern)
     if not isinstance(pattern, Sequence) or not all(isinstance(part, str) for part in pattern):
@@ -48,6 +56,51 @@ def branches(layer: str) -> list[str]:
 def letters(layers: Iterable[str]) -> list[str]:
     """Every letter used, each once, in the order of first use."""
     return list(dict.fromkeys(char for layer in layers for char in layer if char.isalpha()))
+
+
+def _expand_positions(table: Mapping[str, Any]) -> list[str]:
+    problems = Problems()
+    if unknown := [str(key) for key in table if key not in ("layers", "fill", "at")]:
+        problems.add(f"arch.pattern: a table of positions has the keys layers, fill and at; found {', '.join(unknown)}.")
+    count, at = table.get("layers"), table.get("at") or {}
+    if type(count) is not int or not 1 <= count <= MAX_LAYERS:
+        problems.add(f"arch.pattern.layers = {count!r}: the number of layers, 1 to {MAX_LAYERS}, is expected.")
+        count = None
+    if not isinstance(at, Mapping):
+        problems.add(f"arch.pattern.at = {at!r}: a table of layers and their positions is expected, {{gm: [5, 11]}}.")
+        at = {}
+    fill = _one_layer(table.get("fill"), "arch.pattern.fill", problems)
+    placed: dict[int, str] = {}
+    for name, positions in at.items():
+        where = f"arch.pattern.at.{name}"
+        layer = _one_layer(name, where, problems)
+        if not isinstance(positions, Sequence) or not all(type(position) is int for position in positions):
+            problems.add(f"{where} = {positions!r}: a list of layer numbers from 0 is expected.")
+            continue
+        for position in positions:
+            if position < 0 or (count is not None and position >= count):
+                last = "" if count is None else f" to {count - 1}"
+                problems.add(f"{where}: there is no layer {position}; layers are numbered 0{last}.")
+            elif position in placed:
+                other = f"in arch.pattern.at.{placed[position]}" if placed[position] != layer else "twice"
+                problems.add(f"{where}: layer {position} also stands {other}. Position lists may not overlap.")
+            elif layer is not None:
+                placed[position] = layer
+    problems.raise_if_any()
+    assert count is not None and fill is not None
+    return [placed.get(position, fill) for position in range(count)]
+
+
+def _one_layer(text: Any, where: str, problems: Problems) -> str | None:
+    try:
+        layers = _expand_text(text) if isinstance(text, str) else []
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None
+    if len(layers) != 1:
+        problems.add(f"{where} = {text!r}: one layer is expected, like m, gm or (a|m).")
+        return None
+    return layers[0]
 
 
 def _expand_text(text: str) -> list[str]:

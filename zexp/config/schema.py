@@ -39,7 +39,7 @@ class Parallel:
 class Arch:
     """An architecture: a pattern over named blocks and one table of sizes a letter."""
 
-    pattern: str = semantic(MISSING)  # layers, e.g. `4*(a d)` or `m gm m gm`
+    pattern: Any = semantic(MISSING)  # layers: `4*(a d)`, a list of such, or {layers: 38, fill: m, at: {gm: [5, 11]}}
     width: int = semantic(MISSING)  # model width D
     tie_embeddings: bool = semantic(True)  # the head is the embedding's transpose
     norm: Norm = semantic(factory=Norm)
