@@ -219,3 +219,39 @@ def test_numbers_with_more_digits_than_ids_have_are_rounded_before_anything_read
     assert model["norm"]["eps"] == 1.23456789012e-5
     assert model["blocks"]["a"]["rope_theta"] == 10_000.1234568
     semantic_id(model)
+
+
+def test_stack_options_that_say_nothing_are_left_out_of_the_block():
+    plain = resolve_model(TINY["transformer_tiny"], 10)
+    said = {"norm": {"final": None, "embedding": False}, "parallel": {"combine": "sum"}, "logit_softcap": None}
+    assert resolve_model(TINY["transformer_tiny"] | said | {"vocab_size": None}, 10) == plain
+    assert "kernel.layer_norm" not in numerics(plain)
+    other = resolve_model(TINY["transformer_tiny"] | {"norm": {"final": "layernorm"}, "logit_softcap": 30.0}, 10)
+    assert other["norm"]["final"] == "layernorm" and other["logit_softcap"] == 30.0
+    assert numerics(other)["kernel.layer_norm"] == 1
+
+
+def test_a_model_may_have_more_rows_than_the_tokenizer_has_tokens():
+    assert resolve_model(TINY["mamba2_tiny"] | {"vocab_size": 50288}, 4096)["vocab_size"] == 50288
+
+
+def test_mistakes_of_the_stack_are_reported_at_once():
+    arch = TINY["transformer_tiny"] | {
+        "vocab_size": 100,
+        "logit_softcap": 0.0,
+        "norm": {"kind": "rmsnorm", "final": "batchnorm"},
+        "parallel": {"norms": "separate"},
+    }
+    with pytest.raises(ConfigError) as error:
+        resolve_model(arch, 4096)
+    assert "arch.vocab_size = 100: the tokenizer has 4096 tokens" in str(error.value)
+    assert "arch.norm.final = 'batchnorm'" in str(error.value)
+    arch["norm"] = {"kind": "rmsnorm"}
+    with pytest.raises(ConfigError) as error:
+        resolve_model(arch, 4096)
+    for part in (
+        "arch.vocab_size = 100",
+        "arch.logit_softcap = 0.0: it must be above 0",
+        "arch.parallel: the pattern has no parallel branches",
+    ):
+        assert part in str(error.value)
