@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.blocks import small
-from zexp.blocks.base import FeederSpec
+from zexp.blocks.base import BlockSpec, FeederSpec
 from zexp.blocks.context import Context
 from zexp.blocks.layer import Place
 from zexp.blocks.resolve import resolve_model, specs_of
@@ -110,59 +111,54 @@ def test_cache_bytes_are_those_of_a_real_cache(letter, name, seen):
     assert calc.cache_bytes(model.semantic, context=seen, element_bytes=4) * 3 == cache.bytes()
 
 
+# What a layer that is not the first of its letter reads from the pass's notes: letter -> (spec, batch, length) -> notes.
+NOTES: dict[str, Callable[[Any, int, int], dict[str, Tensor]]] = {}
+
+
+def alone(letter: str, name: str) -> tuple[BlockSpec, list[nn.Parameter], Callable[[Tensor], Tensor]]:
+    """The spec, the weights and the forward pass of one layer, or of one call of a feeder, out of its model."""
+    spec = specs_of(resolve_model(small.arch(letter, name), VOCAB))[letter]
+    module = layer_module(letter)
+    if isinstance(spec, FeederSpec):
+        parts = [module.Shared(spec, small.WIDTH, 1e-5), module.Call(spec, small.WIDTH, 1e-5)]
+    else:
+        parts = [module.Layer(spec, small.WIDTH, 1e-5, Place(1, 3))]
+    weights = [weight for part in parts for weight in part.parameters()]
+    for weight in weights:
+        nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+
+    def run(x: Tensor) -> Tensor:
+        if isinstance(spec, FeederSpec):
+            return parts[0](x, x, parts[1], Context())
+        notes = NOTES[letter](spec, x.shape[0], x.shape[1]) if letter in NOTES else {}
+        return parts[0](x, Context(auxiliary=[], notes=notes))
+
+    return spec, weights, run
+
+
 @every_table
 def test_what_is_kept_for_the_backward_pass_is_what_the_spec_says(letter, name):
-    model = built(letter, name)
-    spec = specs_of(model.semantic)[letter]
-    width, length = small.WIDTH, 64
-    if isinstance(spec, FeederSpec):
-        module = layer_module(letter)
-        shared, call = module.Shared(spec, width, 1e-5), module.Call(spec, width, 1e-5)
-        weights = [*shared.parameters(), *call.parameters()]
-
-        def run(x: Tensor) -> Tensor:
-            return shared(x, x, call, Context())
-    else:
-        layer = layer_module(letter).Layer(spec, width, 1e-5, Place(1, 3))
-        weights = list(layer.parameters())
-
-        def run(x: Tensor) -> Tensor:
-            return layer(x, Context(auxiliary=[], notes=NOTES.get(letter, lambda *_: {})(spec, 2, length)))
-
-    for weight in weights:
-        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(2, length, width, requires_grad=True)
-    kept: dict[int, int] = {weight.untyped_storage().data_ptr(): 0 for weight in weights}
+    spec, weights, run = alone(letter, name)
+    batch, length = 2, 64
+    storages: dict[int, int] = {weight.untyped_storage().data_ptr(): 0 for weight in weights}
+    alive = []  # else an address may be given to two tensors
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept.setdefault(storage.data_ptr(), storage.nbytes())
+        alive.append(tensor)
+        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
         return tensor
 
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), keep(t))[1], lambda t: t):
-        run(x)
-    said = spec.saved_elements(width, length)
-    assert sum(kept.values()) / 4 / (2 * length) == pytest.approx(said, rel=0.1)
-
-
-# What a layer that is not the first of its letter reads from the pass's notes: letter -> (spec, batch, length) -> notes.
-NOTES: dict[str, Any] = {}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(torch.randn(batch, length, small.WIDTH, requires_grad=True))
+    kept = sum(storages.values()) / 4 / (batch * length)
+    assert kept == pytest.approx(spec.saved_elements(small.WIDTH, length), rel=0.1)
 
 
 @every_table
-def test_flops_are_those_that_torch_counts(letter, name):
-    """Matrix products of the layer on torch's counter; a block that computes otherwise states its products itself."""
-    model = built(letter, name)
-    spec = specs_of(model.semantic)[letter]
-    if isinstance(spec, FeederSpec):
-        pytest.skip("counted with the whole model: tests/calc/test_presets.py")
-    layer = layer_module(letter).Layer(spec, small.WIDTH, 1e-5, Place(1, 3))
-    for weight in layer.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
+def test_matmul_flops_are_those_that_torch_counts(letter, name):
+    spec, _, run = alone(letter, name)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        layer(torch.randn(1, 64, small.WIDTH), Context(notes=NOTES.get(letter, lambda *_: {})(spec, 1, 64)))
-    linear = counter.get_flop_counts()["Global"].get(torch.ops.aten.mm, 0) + counter.get_flop_counts()["Global"].get(
-        torch.ops.aten.addmm, 0
-    )
-    assert linear / 64 == pytest.approx(spec.matmul_flops(small.WIDTH))
+        run(torch.randn(1, 64, small.WIDTH))
+    counted = counter.get_flop_counts()["Global"]
+    products = counted.get(torch.ops.aten.mm, 0) + counted.get(torch.ops.aten.addmm, 0)
+    assert products / 64 == pytest.approx(spec.matmul_flops(small.WIDTH))
