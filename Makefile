@@ -1,10 +1,11 @@
 # make quickstart: install, then the study of sweeps/quickstart.yaml.  make test: install the dev extra, run the suite.
+# make studies: the studies of sweeps/ that only a longer test can run, at their smallest scale.
 # TORCH: what pip installs as torch, e.g. TORCH='torch --index-url <the CPU index of pytorch.org>'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: quickstart setup setup-dev test lint
+.PHONY: quickstart setup setup-dev test studies lint
 quickstart: setup
 	$(BIN)/zexp run +sweeps=quickstart
 
@@ -26,6 +27,9 @@ setup-dev: .venv/.setup-dev
 
 test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+studies: setup-dev
+	$(BIN)/python -m pytest -m studies tests/studies
 
 lint: setup-dev
 	$(BIN)/ruff check zexp hydra_plugins tests benchmarks
