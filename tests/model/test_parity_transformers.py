@@ -291,3 +291,40 @@ def test_zamba2_with_two_shared_blocks(rope, adapters):
         },
     }
     assert_same(theirs, {"pattern": "m gm m 2*gm", "width": WIDTH, "blocks": blocks}, weights)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["norm of the gated", "gate of the normed"])
+def test_falcon_h1_runs_attention_beside_mamba2(before):
+    config = transformers.FalconH1Config(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=44, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=2,
+        mamba_chunk_size=8, mamba_rms_norm=True, mamba_norm_before_gate=before, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )  # fmt: skip
+    theirs = transformers.FalconH1ForCausalLM(config)
+
+    def weights(state: State) -> Weights:
+        yield from shared_names(state, "model.final_layernorm", "model.embed_tokens.weight", "lm_head.weight")
+        for layer in range(2):
+            mixers, mlp, old = f"layers.{2 * layer}", f"layers.{2 * layer + 1}", f"model.layers.{layer}"
+            yield f"{mixers}.norm.weight", state[f"{old}.input_layernorm.weight"]
+            yield f"{mlp}.norm.weight", state[f"{old}.pre_ff_layernorm.weight"]
+            qkv = [state[f"{old}.self_attn.{name}_proj.weight"] for name in "qkv"]
+            yield f"{mixers}.branches.a.qkv.weight", torch.cat(qkv)
+            yield f"{mixers}.branches.a.out.weight", state[f"{old}.self_attn.o_proj.weight"]
+            yield from mamba2_weights(state, f"{old}.mamba", f"{mixers}.branches.m")
+            gate_up = [state[f"{old}.feed_forward.{name}_proj.weight"] for name in ("gate", "up")]
+            yield f"{mlp}.branches.d.up.weight", torch.cat(gate_up)
+            yield f"{mlp}.branches.d.down.weight", state[f"{old}.feed_forward.down_proj.weight"]
+
+    arch = {
+        "pattern": "2*((a|m) d)",
+        "width": WIDTH,
+        "tie_embeddings": False,
+        "blocks": {
+            "a": {"heads": 4, "kv_heads": 2},
+            "m": {"state_size": 8, "head_dim": 8, "groups": 2, "chunk": 16, "norm_before_gate": before},
+            "d": {"width": 44},
+        },
+    }
+    assert_same(theirs, arch, weights)
