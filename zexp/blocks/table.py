@@ -15,7 +15,9 @@ from zexp.blocks.base import BlockSpec
 TABLE = {
     "a": "zexp.blocks.attention",
     "d": "zexp.blocks.mlp",
+    "e": "zexp.blocks.moe",
     "g": "zexp.blocks.shared",
+    "k": "zexp.blocks.rwkv7",
     "m": "zexp.blocks.mamba2",
     "w": "zexp.blocks.window",
 }

@@ -1,0 +1,1 @@
+"""k: the time mix of RWKV-7; its channel mix is `d` with a token shift."""

@@ -1,0 +1,1 @@
+"""RWKV's token shift: each position mixed with the one before it."""
