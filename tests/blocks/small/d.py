@@ -6,4 +6,5 @@ TABLES: dict[str, dict[str, Any]] = {
     "geglu tanh": {"width": 12, "activation": "geglu_tanh"},
     "gelu": {"width": 12, "activation": "gelu_erf"},
     "relu2": {"width": 12, "activation": "relu2", "bias": True},
+    "relu": {"width": 12, "activation": "relu"},
 }

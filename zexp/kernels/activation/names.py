@@ -12,3 +12,13 @@ Activation = Literal[
 # The gated units, and the function that each applies to its gate.
 GATED: dict[str, Gate] = {"swiglu": "silu", "geglu_erf": "gelu_erf", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 PLAIN: tuple[Gate, ...] = get_args(Gate)
+
+
+def kept_between(activation: Activation) -> int:
+    """Numbers per unit of the inner width that an MLP keeps for its backward pass between its two matrices.
+
+    Gated: gate, up, the gate's activation, their product. relu's result tells its slope; relu2 is relu, then a square.
+    """
+    if activation in GATED:
+        return 4
+    return 1 if activation == "relu" else 2

@@ -25,6 +25,18 @@ def gated(x: Tensor, gate: Gate) -> Tensor:
     return _Gated.apply(x, gate)
 
 
+def mlp_activation_and_gradient(x: Tensor, dout: Tensor, name: Activation) -> tuple[Tensor, Tensor]:
+    """mlp_activation(x, name) and the gradient of x that follows from its gradient dout, for hand-written backward
+    passes that keep x alone.
+    """
+    if name not in GATED:
+        plain = cast(Gate, name)
+        return _act(x, plain), _act_backward(dout, x, plain)
+    gate, up = x.chunk(2, dim=-1)
+    acted = _act(gate, GATED[name])
+    return acted * up, _gated_backward(dout, x, acted, GATED[name])
+
+
 def _act(x: Tensor, name: Gate) -> Tensor:
     if name == "silu":
         return F.silu(x)
@@ -43,6 +55,15 @@ def _act_backward(dout: Tensor, x: Tensor, name: Gate) -> Tensor:
     return dout * (x > 0) if name == "relu" else dout * F.relu(x).mul_(2)
 
 
+def _gated_backward(dout: Tensor, x: Tensor, acted: Tensor, name: Gate) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    dx = torch.empty_like(x)
+    dgate, dup = dx.chunk(2, dim=-1)
+    torch.mul(dout, acted, out=dup)
+    dgate.copy_(_act_backward(dout * up, gate, name))
+    return dx
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: Gate) -> Tensor:
@@ -55,9 +76,4 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, acted = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        dx = torch.empty_like(x)
-        dgate, dup = dx.chunk(2, dim=-1)
-        torch.mul(grads[0], acted, out=dup)
-        dgate.copy_(_act_backward(grads[0] * up, gate, ctx.name))
-        return dx, None
+        return _gated_backward(grads[0], x, acted, ctx.name), None

@@ -1,0 +1,1 @@
+"""Experts: MLPs of which each token is computed with a few."""
