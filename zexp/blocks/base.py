@@ -32,6 +32,10 @@ class BlockSpec(ABC):
     NAME: ClassVar[str]
     NUMERICS: ClassVar[dict[str, int]]
 
+    def numerics(self) -> dict[str, int]:
+        """NUMERICS, with what further options add to it."""
+        return self.NUMERICS
+
     def completed(self, width: int) -> BlockSpec:
         """The same spec with every default that depends on the width filled in."""
         return self

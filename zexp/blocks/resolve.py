@@ -132,7 +132,7 @@ def numerics(model: Mapping[str, Any]) -> dict[str, int]:
     if stack.norm.kind == "layernorm" or stack.norm.final == "layernorm":
         found |= {"kernel.layer_norm": 1}
     for spec in specs_of(model).values():
-        found |= spec.NUMERICS
+        found |= spec.numerics()
     return dict(sorted(found.items()))
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from zexp.blocks.base import BlockSpec, Role, unit_problems
 from zexp.config.identity import semantic
-from zexp.kernels.activation.names import GATED, Activation
+from zexp.kernels.activation.names import GATED, Activation, kept_between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,8 @@ class Spec(BlockSpec):
         return (6 if self.gated else 4) * width * self.width
 
     def saved_elements(self, width: int, seq_len: int) -> float:
-        # Gated: gate and up, the gate's activation, their product. Plain: before and after the activation.
         read = width * (2 if self.token_shift else 1)
-        return read + self.width * (4 if self.gated else 2 + (self.activation == "relu2"))
+        return read + self.width * kept_between(self.activation)
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
         return self.token_shift * width * element_bytes
