@@ -54,14 +54,14 @@ def sinkhorn_offsets(logits_EM: Tensor, groups: Groups, iterations: int) -> Tens
     """(E, M): what added to the logits makes the softmax of each token, summed over a group, the same for every expert.
 
     These are the logarithms of Sinkhorn's factors of the experts; those of the tokens do not change which expert is the
-    largest.
+    largest. A group of one token has none: evened out, all its experts would be equal.
     """
     smallest = torch.finfo(logits_EM.dtype).tiny
-    offsets_EM = torch.zeros_like(logits_EM)
+    offsets_EG = groups.sums(torch.zeros_like(logits_EM))
     for _ in range(iterations):
-        loads_EG = groups.sums((logits_EM + offsets_EM).softmax(0)) / groups.sizes
-        offsets_EM -= groups.spread((loads_EG * logits_EM.shape[0]).clamp_(min=smallest).log_())
-    return offsets_EM
+        loads_EG = groups.sums((logits_EM + groups.spread(offsets_EG)).softmax(0)) / groups.sizes
+        offsets_EG -= (loads_EG * logits_EM.shape[0]).clamp_(min=smallest).log_()
+    return groups.spread(offsets_EG * (groups.sizes > 1))
 
 
 def aux_loss(probabilities_EM: Tensor, chosen_KM: Tensor, groups: Groups) -> Tensor:
