@@ -19,6 +19,7 @@ TABLE = {
     "g": "zexp.blocks.shared",
     "k": "zexp.blocks.rwkv7",
     "m": "zexp.blocks.mamba2",
+    "n": "zexp.blocks.kan",
     "w": "zexp.blocks.window",
 }
 

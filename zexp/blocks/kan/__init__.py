@@ -1,0 +1,1 @@
+"""n: a Kolmogorov-Arnold network of two layers as a channel mixer."""
