@@ -36,6 +36,13 @@ ARCHS: dict[str, dict[str, Any]] = {
             "g": {"heads": 2, "mlp_width": 24, "lora_rank": {"mlp": 2, "attention": 0}},
         },
     },
+    "moe": {
+        "pattern": "a e",
+        "width": 16,
+        "tie_embeddings": True,
+        "norm": NORM,
+        "blocks": {"a": {"heads": 2}, "e": {"width": 12, "experts": 4, "bias_rate": 0.01}},
+    },
 }
 
 CONSTANT = Schedule(kind="constant", peak_lr=3e-3)

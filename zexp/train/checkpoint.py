@@ -108,11 +108,14 @@ def load_optimizer(state: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def load_model(
     store: Store, trajectory_id: str, tokens: int, device: str = "cpu", kernels: str = "auto"
 ) -> tuple[LanguageModel, dict[str, Any], str]:
-    """The model of a published state with its checksums verified, its semantic block, and its tokenizer's id."""
+    """The model of a published state with its checksums verified, in evaluation mode; its semantic block; its tokenizer's
+    id.
+    """
     state = verified(store.folder("trajectory", trajectory_id), tokens)
     root = chain(store, trajectory_id)[0].semantic
     model = build(root["model"], seed=None, kernels=kernels, device=device)
     load_weights(state, model)
+    model.eval()
     return model, root["model"], root["tokenizer"]
 
 
