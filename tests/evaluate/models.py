@@ -16,6 +16,7 @@ OPTIM = {"kind": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1
 MAMBA = {"expand": 2, "state_size": 16, "head_dim": 16, "groups": 1, "conv_width": 4, "chunk": 64}
 ARCHES: dict[str, dict[str, Any]] = {
     "transformer": {"pattern": "2*(a d)", "blocks": {"a": {"heads": 4}, "d": {"width": 85, "activation": "swiglu"}}},
+    "moe": {"pattern": "2*(a e)", "blocks": {"a": {"heads": 4}, "e": {"width": 40, "experts": 8}}},
     "mamba2": {"pattern": "2*m", "blocks": {"m": MAMBA}},
     "zamba2": {
         "pattern": "m gm",

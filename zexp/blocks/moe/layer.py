@@ -60,10 +60,18 @@ class Layer(BlockLayer):
             draw.constant(self.get_buffer("choice_bias"), 0.0)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        return self._mixed(x_BTD, context, balanced=self.training)
+        chosen_KM, weights_KM = self._routed(x_BTD, context, balanced=self.training)
+        if self.training:
+            return self._mixed(x_BTD, chosen_KM, weights_KM)
+        # Where a token lies among those of its expert changes the last bits of its products on a CPU. A score must not
+        # depend on what else is in the batch (zexp/evaluate/model.py), so each sequence is dispatched by itself.
+        batch, length = x_BTD.shape[:2]
+        tokens = [slice(row * length, (row + 1) * length) for row in range(batch)]
+        rows = zip(x_BTD.split(1), tokens, strict=True)
+        return torch.cat([self._mixed(x_1TD, chosen_KM[:, own], weights_KM[:, own]) for x_1TD, own in rows])
 
     def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
-        return self._mixed(x_BTD, context, balanced=False)
+        return self._mixed(x_BTD, *self._routed(x_BTD, context, balanced=False))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -74,19 +82,22 @@ class Layer(BlockLayer):
             bias_E += self.spec.bias_rate * below_mean_E.to(bias_E.dtype)
             self._load_E = None
 
-    def _mixed(self, x_BTD: Tensor, context: Context, balanced: bool) -> Tensor:
-        """balanced: training, where Sinkhorn has a say in the choice."""
-        x_MD = x_BTD.flatten(0, 1)
+    def _routed(self, x_BTD: Tensor, context: Context, balanced: bool) -> tuple[Tensor, Tensor]:
+        """(K, M) each: every token's experts and their weights. balanced: training, where Sinkhorn has a say."""
         documents = context.documents if self.spec.routing_group == "document" else None
         groups = Groups((x_BTD.shape[0], x_BTD.shape[1]), documents)
         # Routers are computed in fp32: rounding changes which experts are chosen (Switch Transformer, section 2.4).
         with torch.autocast(x_BTD.device.type, enabled=False):
-            logits_EM = self._logits(x_MD)
+            logits_EM = self._logits(x_BTD.flatten(0, 1))
             probabilities_EM = logits_EM.softmax(0) if self.spec.router == "softmax" else logits_EM.sigmoid()
             chosen_KM = self._chosen(logits_EM.detach(), probabilities_EM.detach(), groups, balanced)
             weights_KM = self._weights(probabilities_EM, chosen_KM)
             if context.auxiliary is not None:
                 self._account(logits_EM, probabilities_EM, chosen_KM, groups, context.auxiliary)
+        return chosen_KM, weights_KM
+
+    def _mixed(self, x_BTD: Tensor, chosen_KM: Tensor, weights_KM: Tensor) -> Tensor:
+        x_MD = x_BTD.flatten(0, 1)
         out_MD = moe(x_MD, chosen_KM, weights_KM, self.up, self.down, self.spec.activation)
         return (out_MD if self.shared_up is None else out_MD + self._shared(x_MD)).view_as(x_BTD)
 
