@@ -20,6 +20,7 @@ TABLE = {
     "k": "zexp.blocks.rwkv7",
     "m": "zexp.blocks.mamba2",
     "n": "zexp.blocks.kan",
+    "t": "zexp.blocks.retention",
     "w": "zexp.blocks.window",
 }
 

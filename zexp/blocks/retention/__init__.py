@@ -1,0 +1,1 @@
+"""t: multi-scale retention, the sequence mixer of RetNet."""

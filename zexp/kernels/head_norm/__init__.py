@@ -1,0 +1,1 @@
+"""A norm per head, with or without a gate, after a mixer."""

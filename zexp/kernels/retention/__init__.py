@@ -1,0 +1,1 @@
+"""Retention, the sequence mixing of RetNet."""
