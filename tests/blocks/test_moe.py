@@ -58,7 +58,9 @@ def packed(lengths: list[list[int]]) -> Tensor:
 
 
 def one_by_one(made: Layer, x: Tensor) -> Tensor:
-    """BlackMamba's formula for each token: p = sigmoid(W x + b), the expert of the largest p, times p; expert = W2 (gelu(a) * b)."""
+    """BlackMamba's formula for each token: p = sigmoid(W x + b), the expert of the largest p, times p, where an expert is
+    W2 (gelu(a) * b).
+    """
     rows = []
     for token in x.flatten(0, 1):
         p = torch.sigmoid(made.router.weight @ token + made.router.bias)
@@ -69,7 +71,8 @@ def one_by_one(made: Layer, x: Tensor) -> Tensor:
 
 
 def test_blackmamba_is_its_formula_with_gradients():
-    made = layer(top_k=1, router="sigmoid", router_bias=True, activation="geglu_erf", aux_loss=0.0, sinkhorn_iterations=9)
+    keys = {"top_k": 1, "router": "sigmoid", "router_bias": True, "activation": "geglu_erf", "aux_loss": 0.0}
+    made = layer(**keys, sinkhorn_iterations=9)
     torch.nn.init.normal_(made.router.bias, std=0.3)
     x = drawn().requires_grad_()
     ours, true = made.eval()(x, Context()), one_by_one(made, x)
@@ -105,6 +108,20 @@ def test_the_experts_matrices_are_decayed():
     names = decayed(build(resolve_model(arch, VOCAB), seed=None, device="meta"))
     own = {"router.weight", "up", "down", "shared_up.weight", "shared_down.weight", "shared_gate.weight"}
     assert set(names) == {f"layers.0.branches.e.{name}" for name in own}
+
+
+@pytest.mark.parametrize(
+    ("width", "keys", "layers", "total", "active"),
+    [
+        (1152, {"width": 3072, "top_k": 1, "router_bias": True}, 15, 1_458_462_072, 343_694_712),
+        (1472, {"width": 3872, "top_k": 1, "router_bias": True}, 18, 2_783_213_584, 628_770_832),
+        (4096, {"width": 14336, "experts": 16}, 16, 51_570_323_328, 12_110_311_296),
+    ],
+    ids=["BlackMamba-1.5B", "BlackMamba-2.8B", "Jamba"],
+)
+def test_the_experts_that_a_token_skips_are_those_of_the_published_models(width, keys, layers, total, active):
+    spec = Spec(**keys)
+    assert layers * (spec.parameters(width) - spec.active_parameters(width)) == total - active
 
 
 # ---- the losses ----

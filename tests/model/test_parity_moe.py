@@ -15,9 +15,15 @@ from zexp.blocks.moe.spec import Spec
 
 transformers = pytest.importorskip("transformers", reason="parity needs the extra zexp[hf]")
 
-from tests.model.test_parity_transformers import LLAMA, VOCAB, WIDTH, State, Weights, assert_same, llama_weights, shared_names  # noqa: E402
-
-QKV_NAMES = ("q_proj", "k_proj", "v_proj")
+from tests.model.test_parity_transformers import (  # noqa: E402
+    LLAMA,
+    WIDTH,
+    State,
+    Weights,
+    assert_same,
+    llama_weights,
+    shared_names,
+)
 
 
 def expert_weights(state: State, old: str, new: str, router: str = "gate") -> Weights:
@@ -36,7 +42,10 @@ def shared_weights(state: State, old: str, new: str, name: str = "shared_expert"
 
 
 def test_mixtral():
-    config = transformers.MixtralConfig(**LLAMA, num_key_value_heads=2, num_local_experts=5, num_experts_per_tok=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    config = transformers.MixtralConfig(
+        **LLAMA, num_key_value_heads=2, num_local_experts=5, num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
     theirs = transformers.MixtralForCausalLM(config)
 
     def weights(state: State) -> Weights:
@@ -79,7 +88,8 @@ def test_jamba_does_not_normalise():
             mixer, channel, old = f"layers.{2 * layer}", f"layers.{2 * layer + 1}", f"model.layers.{layer}"
             yield f"{mixer}.norm.weight", state[f"{old}.input_layernorm.weight"]
             yield f"{channel}.norm.weight", state[f"{old}.pre_ff_layernorm.weight"]
-            yield f"{mixer}.branches.a.qkv.weight", torch.cat([state[f"{old}.self_attn.{name}.weight"] for name in QKV_NAMES])
+            qkv = [state[f"{old}.self_attn.{name}_proj.weight"] for name in "qkv"]
+            yield f"{mixer}.branches.a.qkv.weight", torch.cat(qkv)
             yield f"{mixer}.branches.a.out.weight", state[f"{old}.self_attn.o_proj.weight"]
             if layer % 2:
                 yield from expert_weights(state, f"{old}.feed_forward", f"{channel}.branches.e", router="router")
