@@ -110,7 +110,7 @@ class Layer(BlockLayer):
     @torch.no_grad()
     def _chosen(self, logits_EM: Tensor, probabilities_EM: Tensor, groups: Groups, balanced: bool) -> Tensor:
         """(K, M): each token's experts, the first choice first."""
-        scores_EM = probabilities_EM
+        scores_EM = logits_EM  # in the order of the probabilities, which may round to 1 or 0 and tie
         if balanced and self.spec.sinkhorn_iterations > 0:
             scores_EM = logits_EM + sinkhorn_offsets(logits_EM, groups, self.spec.sinkhorn_iterations)
         elif self.spec.bias_rate > 0:
