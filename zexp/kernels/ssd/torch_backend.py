@@ -43,7 +43,8 @@ def ssd(
     chunk: int,
     documents: Documents | None = None,
 ) -> Tensor:
-    """The selective state space of Mamba-2, (B, T, H, P), in x's dtype; arithmetic in fp32 at least.
+    """The selective state space of Mamba-2, (B, T, H, P), in x's dtype; arithmetic in fp32 at least, but for the forward
+    pass' matrix products under autocast, which take its dtype and add up in fp32, as mamba-ssm's kernels do.
 
     S_t = exp(dt_t a) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + d x_t. dt is positive, a negative. G divides H.
     chunk: Q, any; rows are padded to whole chunks. documents: the state is zero before every document.
