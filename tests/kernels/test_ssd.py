@@ -87,3 +87,14 @@ def test_bf16_inputs_are_scanned_in_fp32():
     truth = reference.ssd(*[tensor.float() for tensor in low])
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), truth, rtol=2**-8, atol=1e-5)  # one rounding, of the output
+
+
+def test_autocast_changes_no_dtype_inside_forward_or_backward():
+    case = (2, 12, 4, 3, 1, 5, 4)
+    plain, under = inputs(case, torch.float32), inputs(case, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = ssd(*under, chunk=4)
+    truth = ssd(*plain, chunk=4)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=0)
+    for mine, true in zip(torch.autograd.grad(ours.sum(), under), torch.autograd.grad(truth.sum(), plain), strict=True):
+        torch.testing.assert_close(mine, true, rtol=0, atol=0)

@@ -120,7 +120,7 @@ class Spec(BlockSpec):
         return (q * (2 if self.output_gate else 1) + 2 * kv) * d_h
 
     def parameters(self, width: int) -> int:
-        q, kv, d_h = self._sizes(width)
+        q, _, d_h = self._sizes(width)
         biases = (self.bias or self.qkv_bias) * self._projected(width) + self.bias * width
         return width * self._projected(width) + q * d_h * width + biases + self.qk_norm * 2 * d_h
 
@@ -138,9 +138,15 @@ class Spec(BlockSpec):
 
     def saved_elements(self, width: int, seq_len: int) -> float:
         q, kv, d_h = self._sizes(width)
-        heads = q * d_h
-        rotated = 0 if self.rope_theta is None else 0
-        return width + (2 * q + 2 * kv) * d_h + q + rotated + self.qk_norm * (q + kv) * (d_h + 1) + self.output_gate * 2 * heads
+        viewed = self.qk_norm or self.rope_theta is None  # then the projections are kept as they were computed
+        changed = self.qk_norm or self.rope_theta is not None  # and what the norm or the rotation makes of q and k
+        inputs = (self._projected(width) if viewed else kv * d_h) + changed * (q + kv) * d_h
+        return width + inputs + q + q * d_h + self._around(width)
+
+    def _around(self, width: int) -> int:
+        """What the norms of q and k (a number a head) and the gate (its sigmoid, the gated outputs) keep."""
+        q, kv, d_h = self._sizes(width)
+        return self.qk_norm * (q + kv) + self.output_gate * 2 * q * d_h
 
     def kv_bytes_per_token(self, width: int, element_bytes: int) -> int:
         _, kv, d_h = self._sizes(width)

@@ -98,8 +98,12 @@ class Spec(BlockSpec):
         convolved = 3 * channels  # before it, its sigmoid, after it
         # dt before and after its softplus and with its bias; summed decays, entry and exit weights.
         scan = 6 * heads + self.state_size * inner / q + self.groups * q + inner
-        x_copied = 0 if shared == 0 else 0
-        return width + convolved + scan + x_copied + 4 * inner + self.groups
+        if seq_len % q:  # the inputs are copied to whole chunks
+            scan += inner + 2 * shared + heads
+        clamped = heads * (self.dt_min is not None or self.dt_max is not None)
+        # z, its sigmoid (or silu, and the norm's halves), the normed, and what the last matrix reads.
+        gated = (5 if self.norm_before_gate else 4) * inner + self.groups
+        return width + convolved + scan + clamped + gated
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
         return (self.inner(width) * self.state_size + self.conv_channels(width) * self.conv_width) * element_bytes

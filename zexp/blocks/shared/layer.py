@@ -84,6 +84,8 @@ class Shared(nn.Module):
     def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor, call: Call, context: Context) -> Tensor:
         """What is added to the input of the layer that the block feeds, (B, T, D)."""
         q, k, v = self._projections(hidden_BTD, embedded_BTD, call, start=0)
+        if self.spec.rope_theta is not None:
+            v = v.contiguous()  # as a view it would keep the unturned q and k for the backward pass
         return self._out(attention(q, k, v, scale=self.scale, documents=context.documents), call)
 
     def new_cache(self) -> KeyValues:

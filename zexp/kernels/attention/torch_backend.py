@@ -34,9 +34,9 @@ def attention(
     if window is not None and queries == keys and 2 * window < queries:
         return _in_blocks(q_BTHP, k_BSGP, v_BSGP, scale, window, documents)
     if documents is not None:
-        mask = documents.causal_mask_BTT[:, None]
-        if window is not None:
-            mask = mask & _band(queries, keys, window, q_BTHP.device)
+        if window is None:
+            return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, documents.causal_bias(q_BTHP.dtype)[:, None])
+        mask = documents.causal_mask_BTT[:, None] & _band(queries, keys, window, q_BTHP.device)
         return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, mask)
     if window is not None or 1 < queries < keys:
         return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, _band(queries, keys, window, q_BTHP.device))
@@ -44,7 +44,7 @@ def attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool = False) -> Tensor:
-    """Positions before heads in and out; `mask` broadcasts to (B, H, T, S)."""
+    """Positions before heads in and out; `mask` broadcasts to (B, H, T, S): what is seen, or what is added to the scores."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

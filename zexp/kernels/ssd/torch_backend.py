@@ -43,8 +43,7 @@ def ssd(
     chunk: int,
     documents: Documents | None = None,
 ) -> Tensor:
-    """The selective state space of Mamba-2, (B, T, H, P), in x's dtype; arithmetic in fp32 at least, but for the forward
-    pass' matrix products under autocast, which take its dtype and add up in fp32, as mamba-ssm's kernels do.
+    """The selective state space of Mamba-2, (B, T, H, P), in x's dtype; arithmetic in fp32 at least, under autocast too.
 
     S_t = exp(dt_t a) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + d x_t. dt is positive, a negative. G divides H.
     chunk: Q, any; rows are padded to whole chunks. documents: the state is zero before every document.
@@ -58,7 +57,8 @@ def ssd(
         inputs = [F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) for tensor in inputs]
         ids = None if ids is None else F.pad(ids, (0, padding), mode="constant", value=-1)
     x, dt, b, c = inputs
-    y = _Ssd.apply(x, dt, a_H, b, c, d_H, size, ids)
+    with torch.autocast(x.device.type, enabled=False):  # the backward pass knows none: dtypes would not fit together
+        y = _Ssd.apply(x, dt, a_H, b, c, d_H, size, ids)
     return (y[:, :length] if padding else y).to(x_BTHP.dtype)
 
 
@@ -92,7 +92,8 @@ def ssd_continue(
     if padding:
         inputs = [F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) for tensor in inputs]
     x, dt, b, c = inputs
-    scan = _scan(x, dt, a_H, b, c, d_H, size, initial=state_BGNJ)
+    with torch.autocast(x.device.type, enabled=False):
+        scan = _scan(x, dt, a_H, b, c, d_H, size, initial=state_BGNJ)
     last = _per_channel(scan.carry_BCH[:, -1], state_BGNJ)[:, :, None]
     state = torch.addcmul(scan.leaving[:, -1], scan.entering[:, -1], last)
     return scan.y_BTHP[:, :length].to(dtype), state
