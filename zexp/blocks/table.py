@@ -22,6 +22,7 @@ TABLE = {
     "n": "zexp.blocks.kan",
     "t": "zexp.blocks.retention",
     "w": "zexp.blocks.window",
+    "x": "zexp.blocks.mlstm",
 }
 
 

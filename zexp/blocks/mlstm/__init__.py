@@ -1,0 +1,1 @@
+"""x: mLSTM, the matrix memory of xLSTM."""
