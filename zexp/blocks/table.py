@@ -20,6 +20,8 @@ TABLE = {
     "k": "zexp.blocks.rwkv7",
     "m": "zexp.blocks.mamba2",
     "n": "zexp.blocks.kan",
+    "r": "zexp.blocks.mamba1",
+    "s": "zexp.blocks.slstm",
     "t": "zexp.blocks.retention",
     "w": "zexp.blocks.window",
     "x": "zexp.blocks.mlstm",

@@ -1,0 +1,1 @@
+"""r: Mamba-1 (selective state space)."""

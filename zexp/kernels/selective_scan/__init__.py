@@ -1,0 +1,1 @@
+"""The selective scan, the sequence mixing of Mamba-1."""
