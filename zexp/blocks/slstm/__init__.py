@@ -1,0 +1,1 @@
+"""s: sLSTM, the scalar memory of xLSTM."""

@@ -1,0 +1,1 @@
+"""The scalar memory of sLSTM."""
