@@ -14,10 +14,12 @@ from zexp.blocks.base import BlockSpec
 
 TABLE = {
     "a": "zexp.blocks.attention",
+    "c": "zexp.blocks.short_conv",
     "d": "zexp.blocks.mlp",
     "e": "zexp.blocks.moe",
     "g": "zexp.blocks.shared",
     "k": "zexp.blocks.rwkv7",
+    "l": "zexp.blocks.gated_deltanet",
     "m": "zexp.blocks.mamba2",
     "n": "zexp.blocks.kan",
     "r": "zexp.blocks.mamba1",

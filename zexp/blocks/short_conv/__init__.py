@@ -1,0 +1,1 @@
+"""c: gated short convolution, the mixer of LFM2."""

@@ -1,0 +1,1 @@
+"""The gated delta rule, the sequence mixing of gated DeltaNet."""
