@@ -1,5 +1,6 @@
 """The YAML of README and docs composes as it stands there."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import polars
 import pytest
 
 from tests.test_cli import zexp
+from zexp.blocks.table import TABLE, spec_class
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
@@ -16,7 +18,7 @@ YAML = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 @pytest.fixture
 def lab(tmp_path: Path) -> Path:
     """A folder with the files of docs/own.md, and texts for their sources."""
-    arch, corpus, mix, anneal = YAML.findall((ROOT / "docs/own.md").read_text())
+    arch, _positions, corpus, mix, anneal = YAML.findall((ROOT / "docs/own.md").read_text())
     files = {"arch/own": arch, "corpus/lab": corpus, "mix/lab": mix, "anneal/books60": anneal}
     files["mix/books"] = "sources:\n  books: {weight: 1, max_epochs: null}\n"
     for name, text in files.items():
@@ -52,3 +54,13 @@ def test_the_study_of_the_page_is_planned(page, tmp_path):
     done = zexp("plan", "--json", "+sweeps=rewarm", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["variants"] == 12
+
+
+def test_the_table_of_blocks_has_every_letter_and_every_key():
+    rows = dict(re.findall(r"^\| `(\w)` \| (.*) \|$", (ROOT / "docs/own.md").read_text(), re.MULTILINE))
+    assert set(rows) == set(TABLE)
+    attention = {field.name for field in dataclasses.fields(spec_class("a"))}
+    for letter, row in rows.items():
+        keys = {field.name for field in dataclasses.fields(spec_class(letter))}
+        keys -= attention if letter == "w" else set()
+        assert keys <= set(re.findall(r"\w+", row)), f"{letter}: {keys - set(re.findall(r'\w+', row))}"
