@@ -3,7 +3,7 @@
 B batch · T positions · G key heads · N key width · H value heads · J value heads of a key head (H / G) · P value width
 Q chunk. Within a chunk arrays are (B, G, J, Q, …), or (B, G, Q, J·P) where one product serves all heads of a key head.
 
-Let c_t be the sum of the chunk's log-decays up to t and S the state that enters it. What position t writes is u_t =
+Let c_t be the sum of the chunk's log-decays up to t, and S the state that enters it. What position t writes is u_t =
 beta_t w_t with the error w_t = v_t - (what the state before it, decayed, holds for k_t). So
     (I + A) W = V - E K S,    U = beta W,    Y = E Q S + M U,    S' = exp(c_Q) S + K^T X U,
 where A[t, s] = exp(c_t - c_s) <k_t, k_s> beta_s for s < t, M[t, s] = exp(c_t - c_s) <q_t, k_s> for s <= t, and E, X are
@@ -14,7 +14,8 @@ vector grows, and k_s.
 
 - Chunks are gone through in order, so that what is made of one stays in the cache. Only the states between them are
   kept: the backward pass makes the rest again.
-- Decays are exponentials of differences, at most 1. Documents are switched off in the decays, thus in A and its inverse.
+- Decays are exponentials of differences, at most 1, also where a mask switches them off. Documents are switched off in the decays, thus in A and its inverse,
+  and c starts again at each: so no bit of a document or of its gradient depends on another.
 - The gradient with respect to c needs no Q × Q array of its own: all that position t reads has the factor exp(c_t), all
   that it writes exp(-c_t), and the leaving state exp(c_Q).
 """
@@ -139,6 +140,7 @@ class _Inputs(NamedTuple):
 class _Chunk(NamedTuple):
     """What a chunk is made of, before the state that enters it is known."""
 
+    sums: Tensor  # (1 or B, Q, Q): adds up what a position and those of its document before it have
     decays: Tensor  # (B, G, J, Q, Q): anything above the diagonal
     keys: Tensor  # (B, G, 1, Q, Q): <k_t, k_s>
     reads: Tensor  # M, (B, G, J, Q, Q)
@@ -175,20 +177,28 @@ def _inputs(q_BTGN: Tensor, k_BTGN: Tensor, v_BTHP: Tensor, beta_BTH: Tensor, at
     return _Inputs(q * (q_inverse * keys**-0.5), k * k_inverse, _heads(v_BTHP, at, groups), beta, q_inverse, k_inverse)
 
 
+def _sums(like: Tensor, masks: ChunkMasks | None) -> Tensor:
+    if masks is not None:
+        return masks.pair_B1QQ[:, 0, 0].tril()
+    size = like.shape[2]
+    return torch.ones(1, size, size, dtype=like.dtype, device=like.device).tril_()
+
+
 def _chunk(inputs: _Inputs, g_BTH: Tensor, at: slice, ids_BT: Tensor | None) -> _Chunk:
     q, k = inputs.q, inputs.k
-    cum = _heads(g_BTH[..., None], at, k.shape[1]).cumsum(3)
+    masks = None if ids_BT is None else ChunkMasks(*(mask[:, :, None] for mask in chunk_masks(ids_BT, at, k.dtype)))
+    sums = _sums(k, masks)
+    cum = _heads(torch.matmul(sums, g_BTH[:, at])[..., None], slice(None), k.shape[1])
     end = cum[..., -1:, :]
     decays = (cum - cum.mT).clamp_(max=0).exp_()
-    entry, exits, carry = cum.exp(), (end - cum).exp_(), end.exp().transpose(2, 3)
-    if ids_BT is not None:
-        masks = ChunkMasks(*(mask[:, :, None] for mask in chunk_masks(ids_BT, at, k.dtype)))
+    entry, exits, carry = cum.exp(), (end - cum).clamp_(max=0).exp_(), end.exp().transpose(2, 3)
+    if masks is not None:
         decays *= masks.pair_B1QQ
         entry, exits, carry = entry * masks.entry_B1Q1, exits * masks.exit_B1Q1, carry * masks.carry_B111
     keys = torch.matmul(k, k.mT)[:, :, None]
     inverse = _inverse((decays * keys).mul_(inputs.beta.mT))
     reads = (decays * torch.matmul(q, k.mT)[:, :, None]).tril_()
-    return _Chunk(decays, keys, reads, inverse, entry, exits, carry)
+    return _Chunk(sums, decays, keys, reads, inverse, entry, exits, carry)
 
 
 def _errors(inputs: _Inputs, one: _Chunk, state: Tensor | None) -> Tensor:
@@ -322,9 +332,9 @@ def _chunk_backward(
     scale = q.shape[-1] ** -0.5
     dq = _length_backward(dq, q * (1 / scale), inputs.q_inverse * scale)
     dk = _length_backward(dk, k, inputs.k_inverse)
-    dg = dcum.flip(3).cumsum(3).flip(3)
-    dv, dg, dbeta = (tensor.permute(0, 3, 1, 2, 4).flatten(2, 3) for tensor in (dv, dg, dbeta))
-    return [dq.transpose(1, 2), dk.transpose(1, 2), dv, dg.squeeze(-1), dbeta.squeeze(-1)], dentering
+    dv, dcum, dbeta = (tensor.permute(0, 3, 1, 2, 4).flatten(2, 3) for tensor in (dv, dcum, dbeta))
+    dg = torch.matmul(one.sums.mT, dcum.squeeze(-1))
+    return [dq.transpose(1, 2), dk.transpose(1, 2), dv, dg, dbeta.squeeze(-1)], dentering
 
 
 def _length_backward(dunit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
