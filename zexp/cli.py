@@ -14,6 +14,7 @@ zexp: which hybrid language model, and which annealing recipe? Studies as trees 
   zexp status [--json] [STUDY]  studies in the store and how far they are
   zexp report [--json] STUDY    tables and one HTML leaderboard, also of half a study
   zexp calc [--json] [overrides]    parameters, FLOPs per token and memory of an architecture, per block
+  zexp calc budget gpus=64 days=14 device=h100 [overrides]    what it can be trained on in that time
   zexp logs STAGE|STUDY/VARIANT     the log of a stage's last attempt
   zexp init DIR                 a small folder of your own: an architecture, a mix over local text, a study
 

@@ -6,6 +6,7 @@ launcher, with -m it calls our launcher (hydra_plugins/zexp): both end in `act`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -19,14 +20,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from zexp.calc.budget import Budget
 from zexp.config.errors import ConfigError
 from zexp.config.places import conf_dir, user_conf_dir
 from zexp.config.schema import Run
-from zexp.study import execute, show
+from zexp.study import execute, show, show_calc
 from zexp.study.resolve import Composed
 from zexp.study.variants import GROUPS
 
@@ -36,6 +38,7 @@ class _Verb:
 
     name = "run"
     json = False
+    budget: Budget | None = None
     exit_code = 0
     started = 0.0
     refused: ConfigError | None = None
@@ -44,13 +47,15 @@ class _Verb:
 def hydra_verb(verb: str, arguments: list[str]) -> int:
     """Compose and act. `--json` stands before the first override. Raises ConfigError for every wrong request."""
     _Verb.name, _Verb.json, _Verb.exit_code, _Verb.started = verb, False, 0, time.monotonic()
-    _Verb.refused = None
+    _Verb.refused = _Verb.budget = None
     words = list(arguments)
     if "--json" in words:
         words.remove("--json")
         if verb == "run":
             raise ConfigError("--json is for plan, calc, status and report. `zexp run` prints its progress.")
         _Verb.json = True
+    if verb == "calc" and words[:1] == ["budget"]:
+        _Verb.budget, words = _budget(words[1:])
     mine = user_conf_dir(Path.cwd())
     if mine is not None and not any(w in ("--config-dir", "-cd") or w.startswith("--config-dir=") for w in words):
         words = ["--config-dir", str(mine), *words]
@@ -72,6 +77,30 @@ def hydra_verb(verb: str, arguments: list[str]) -> int:
     if _Verb.refused is not None:
         raise _Verb.refused
     return _Verb.exit_code
+
+
+def _budget(words: list[str]) -> tuple[Budget, list[str]]:
+    """The budget that `zexp calc budget` is asked for, and the overrides of the config. Raises ConfigError."""
+    known = {field.name for field in dataclasses.fields(Budget)}
+    own = [word for word in words if word.partition("=")[0] in known]
+    problems: list[str] = []
+    table = OmegaConf.structured(Budget)
+    for word in own:
+        try:
+            table = OmegaConf.merge(table, OmegaConf.from_dotlist([word]))
+        except OmegaConfBaseException as error:
+            problems.append(f"{word}: {str(error).splitlines()[0]}.")
+    said = {problem.partition("=")[0] for problem in problems}
+    problems += [
+        f"{key}: a budget needs it. Write for example: zexp calc budget gpus=64 days=14 device=h100 arch=zamba2_1p2b"
+        for key in known
+        if OmegaConf.is_missing(table, key) and key not in said
+    ]
+    if problems:
+        raise ConfigError(sorted(problems))
+    budget = OmegaConf.to_object(table)
+    assert isinstance(budget, Budget)
+    return budget, [word for word in words if word not in own]
 
 
 def app(task: Any) -> None:
@@ -105,7 +134,7 @@ def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
     """What the verb does with the variants; one JobReturn for each, in order."""
     variants = list(composed)
     if _Verb.name == "calc":
-        _Verb.exit_code = show.calc(variants, as_json=_Verb.json)
+        _Verb.exit_code = show_calc.calc(variants, _Verb.budget, as_json=_Verb.json)
         return execute.completed(variants)
     request = execute.Request(dict(launcher), Path.cwd())
     if _Verb.name == "plan":

@@ -26,11 +26,18 @@ class BlockSpec(ABC):
     ROLE: mixer (mixes along the sequence), channel (mixes channels), feeder (a shared block whose output is added
     to the input of the layer it is written with).
     NUMERICS: version of the mathematics of the block and of the kernels it calls; enters the ids that use it.
+    SCALED_WIDTHS, SCALED_HEADS: keys that grow with the model width where a size is solved for (zexp.calc.match): inner
+    widths, and counts of heads whose own width stays.
+    BF16_SAVED: mean bytes of one of the saved_elements under bf16 autocast: 2 where products of activations are most of
+    it, 4 where the block computes in fp32 whatever the precision.
     """
 
     ROLE: ClassVar[Role]
     NAME: ClassVar[str]
     NUMERICS: ClassVar[dict[str, int]]
+    SCALED_WIDTHS: ClassVar[tuple[str, ...]] = ()
+    SCALED_HEADS: ClassVar[tuple[str, ...]] = ()
+    BF16_SAVED: ClassVar[float] = 4.0
 
     def numerics(self) -> dict[str, int]:
         """NUMERICS, with what further options add to it."""
@@ -84,6 +91,30 @@ class BlockSpec(ABC):
         """The whole cache of one sequence after `context` tokens, per layer or call."""
         return context * self.kv_bytes_per_token(width, element_bytes) + self.state_bytes(width, element_bytes)
 
+    def decode_flops(self, width: int, context: int) -> float:
+        """FLOPs of one further token after `context` - 1 others: for a recurrence, those of a sequence of one."""
+        return self.flops(width, 1)
+
+    def expert_parameters(self, width: int) -> int:
+        """Of `parameters`, those that expert parallelism spreads over devices."""
+        return 0
+
+    def expert_divides(self) -> dict[str, int]:
+        """Sizes that a degree of expert parallelism must divide, by key."""
+        return {}
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        """Sizes that a degree of tensor parallelism must divide, by name; None = the block cannot be cut."""
+        return None
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        """Of `parameters`, those that each of `degree` tensor-parallel devices holds."""
+        return self.parameters(width)
+
+    def saved_whole(self, width: int) -> float:
+        """Of `saved_elements`, those that every tensor-parallel device keeps in full: the inputs of cut matrices."""
+        return width
+
     def table(self, width: int) -> dict[str, Any]:
         """The completed keys as plain data, as they stand in a model's semantic block.
 
@@ -111,6 +142,10 @@ class FeederSpec(BlockSpec):
     @abstractmethod
     def call_parameters(self, width: int) -> int:
         """Parameters that belong to one call alone."""
+
+    def call_tensor_parameters(self, width: int, degree: int) -> int:
+        """Of `call_parameters`, those that each of `degree` tensor-parallel devices holds."""
+        return self.call_parameters(width)
 
 
 def unit_problems(values: dict[str, int], where: str) -> list[str]:

@@ -5,7 +5,6 @@ The model is the semantic block that zexp.blocks.resolve.resolve_model returns.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from zexp.blocks.base import FeederSpec
 from zexp.blocks.resolve import Stack, specs_of, stack_of
 
 TRAIN_PER_FORWARD = 3  # a backward pass is two forward passes; nothing is recomputed
+RECOMPUTED_PER_FORWARD = 4  # with the forward pass computed again before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +40,17 @@ def block_table(model: Mapping[str, Any], seq_len: int, element_bytes: int = 2) 
 
     seq_len: length at which attention is counted. element_bytes: size of a cached number (2 = bf16).
     """
-    stack, vocab, layers = stack_of(model), model["vocab_size"], model["pattern"]
+    stack, vocab = stack_of(model), model["vocab_size"]
     width = stack.width
     head = 0 if stack.tie_embeddings else vocab * width
     rows = [Row(name="embedding", letter=None, count=1, parameters=vocab * width, flops=0.0)]
     for letter, spec in specs_of(model).items():
         if isinstance(spec, FeederSpec):
-            count = sum(pattern.feeder(layer) == letter for layer in layers)
+            count = counted(model, letter)
             parameters = spec.copies * spec.parameters(width) + count * spec.call_parameters(width)
             idle = 0
         else:
-            count = sum(letter in pattern.branches(layer) for layer in layers)
+            count = counted(model, letter)
             parameters = count * spec.parameters(width) - spec.missing_in_first(width)
             idle = count * (spec.parameters(width) - spec.active_parameters(width))
         rows.append(
@@ -65,12 +65,23 @@ def block_table(model: Mapping[str, Any], seq_len: int, element_bytes: int = 2) 
                 state_bytes=count * spec.state_bytes(width, element_bytes),
             )
         )
-    norms, final = _norms(stack, layers)
-    vectors = {"rmsnorm": 1, "layernorm": 2}
-    in_norms = norms * vectors[stack.norm.kind] * width + vectors[final] * width
-    rows.append(Row(name="norms", letter=None, count=norms + 1, parameters=in_norms, flops=0.0))
+    norms, in_norms = norms_of(model)
+    rows.append(Row(name="norms", letter=None, count=norms, parameters=in_norms, flops=0.0))
     rows.append(Row(name="head", letter=None, count=1, parameters=head, flops=2.0 * width * vocab))
     return rows
+
+
+def counted(model: Mapping[str, Any], letter: str) -> int:
+    """How many layers (or branches) of a letter there are, or calls of a feeder."""
+    return sum(letter in pattern.branches(layer) or letter == pattern.feeder(layer) for layer in model["pattern"])
+
+
+def norms_of(model: Mapping[str, Any]) -> tuple[int, int]:
+    """How many norms stand outside the blocks, and their parameters."""
+    stack = stack_of(model)
+    before, final = _norms(stack, model["pattern"])
+    vectors = {"rmsnorm": 1, "layernorm": 2}
+    return before + 1, (before * vectors[stack.norm.kind] + vectors[final]) * stack.width
 
 
 def _norms(stack: Stack, layers: Sequence[str]) -> tuple[int, str]:
@@ -96,7 +107,27 @@ def parameters(model: Mapping[str, Any]) -> dict[str, int]:
 def flops_per_token(model: Mapping[str, Any], seq_len: int) -> dict[str, float]:
     """Matrix products, scans and causal scores of one token in a sequence of seq_len; norms and activations are not counted."""
     forward = sum(row.flops for row in block_table(model, seq_len))
-    return {"forward": forward, "train": TRAIN_PER_FORWARD * forward}
+    recomputed = RECOMPUTED_PER_FORWARD * forward
+    return {"forward": forward, "train": TRAIN_PER_FORWARD * forward, "train_recomputed": recomputed}
+
+
+def decode_flops(model: Mapping[str, Any], context: int) -> float:
+    """FLOPs of the token that makes the context that long."""
+    width = stack_of(model).width
+    blocks = sum(counted(model, letter) * spec.decode_flops(width, context) for letter, spec in specs_of(model).items())
+    return blocks + 2.0 * width * model["vocab_size"]
+
+
+def weights_read(model: Mapping[str, Any]) -> int:
+    """Parameters that decoding one token reads: shared ones at each call, of the embedding one row, the head whole."""
+    width = stack_of(model).width
+    read = width * model["vocab_size"] + width + norms_of(model)[1]
+    for letter, spec in specs_of(model).items():
+        count = counted(model, letter)
+        read += count * spec.active_parameters(width) - spec.missing_in_first(width)
+        if isinstance(spec, FeederSpec):
+            read += count * spec.call_parameters(width)
+    return read
 
 
 def kv_bytes_per_token(model: Mapping[str, Any], element_bytes: int = 2) -> int:
@@ -111,9 +142,10 @@ def state_bytes(model: Mapping[str, Any], element_bytes: int = 2) -> int:
 
 def cache_bytes(model: Mapping[str, Any], context: int, element_bytes: int = 2) -> int:
     """The whole decoding cache of one sequence after `context` tokens."""
-    width, layers = stack_of(model).width, model["pattern"]
-    called = Counter(letter for layer in layers for letter in [*pattern.branches(layer), pattern.feeder(layer)])
-    return sum(called[letter] * spec.cache_bytes(width, context, element_bytes) for letter, spec in specs_of(model).items())
+    width = stack_of(model).width
+    return sum(
+        counted(model, letter) * spec.cache_bytes(width, context, element_bytes) for letter, spec in specs_of(model).items()
+    )
 
 
 def checkpoint_bytes(model: Mapping[str, Any]) -> dict[str, int]:

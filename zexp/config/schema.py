@@ -47,6 +47,7 @@ class Arch:
     logit_softcap: Optional[float] = semantic(None, absent=None)  # c: logits become c · tanh(logits / c); null = not
     vocab_size: Optional[int] = semantic(None, absent=None)  # rows of the embedding; null = the tokenizer's
     blocks: dict[str, Any] = semantic(factory=dict)  # letter -> that block's keys
+    match: Optional[dict[str, Any]] = semantic(None, absent=None)  # {parameters: 10M}: width and MLP widths are solved for
 
 
 @dataclass(kw_only=True)
@@ -172,6 +173,12 @@ class Parallelism:
     """How a stage uses the machine."""
 
     threads: int = execution(1)  # CPU threads of one stage; part of the numerics fingerprint, never derived
+    # Layouts that `zexp calc` counts; a training runs on one device so far.
+    data: int = execution(1)  # copies of the model, each with micro-batches of its own
+    zero: int = execution(0)  # what the copies share out: 0 nothing | 1 optimizer | 2 and gradients | 3 and weights
+    tensor: int = execution(1)  # devices that share the matrices of one copy
+    expert: int = execution(1)  # of the copies, how many share one set of experts
+    activation_checkpointing: str = execution("none")  # none | full: layers' inputs are kept, the rest is computed again
 
 
 @dataclass(kw_only=True)

@@ -16,19 +16,24 @@ def parse_tokens(value: object, key: str) -> int:
 
     Raises ConfigError naming `key` for anything that is not a whole, non-negative number of tokens.
     """
+    return parse_count(value, key, "token count")
+
+
+def parse_count(value: object, key: str, what: str) -> int:
+    """A count in the same notation. what: a noun for the errors."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ConfigError(f"{key} = {value!r} is no token count. Write it as 4096, 96K, 1.5B or 1e6.")
+        raise ConfigError(f"{key} = {value!r} is no {what}. Write it as 4096, 96K, 1.5B or 1e6.")
     text = repr(value) if isinstance(value, float) else str(value)
     match = _NUMBER.match(text)
     if match is None:
-        raise ConfigError(f"{key} = {value!r} is no token count. Write it as 4096, 96K, 1.5B or 1e6.")
+        raise ConfigError(f"{key} = {value!r} is no {what}. Write it as 4096, 96K, 1.5B or 1e6.")
     try:
-        tokens = Decimal(match[1].replace("_", "")) * UNITS[match[2]]
+        count = Decimal(match[1].replace("_", "")) * UNITS[match[2]]
     except InvalidOperation as error:  # the pattern admits nothing Decimal refuses but absurd exponents
-        raise ConfigError(f"{key} = {value!r} is no token count: {error}.") from error
-    if tokens != int(tokens):
-        raise ConfigError(f"{key} = {value!r} is {tokens} tokens, which is not a whole number.")
-    return int(tokens)
+        raise ConfigError(f"{key} = {value!r} is no {what}: {error}.") from error
+    if count != int(count):
+        raise ConfigError(f"{key} = {value!r} is {count}, which is not a whole number.")
+    return int(count)
 
 
 def parse_length(value: object, parent_tokens: int | None, key: str) -> int:

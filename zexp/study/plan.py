@@ -182,6 +182,7 @@ class Plan:
             "tokens": self.tokens(),
             "train_flops": self.train_flops(),
             "disk_bytes": self.disk_bytes(),
+            "matched": {v.name: v.match.to_json() for v in self.variants if v.match is not None},
             "ledger": [
                 {"variant": variant.name, **ledger_of(variant, bins_known(self, variant, None)).to_json()}
                 for variant in self.variants

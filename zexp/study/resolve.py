@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from zexp.blocks import resolve as blocks_resolve
+from zexp.calc import match as calc_match
 from zexp.calc import model as calc_model
+from zexp.calc.layout import Layout
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
 from zexp.config.keys import unknown_keys
@@ -79,6 +81,7 @@ class Variant:
     overrides: list[str]
     run: Run
     model: dict[str, Any]
+    match: calc_match.Match | None  # what arch.match solved for
     parameters: dict[str, int]
     flops_per_token: dict[str, float]
     chain: phases.Chain
@@ -99,6 +102,10 @@ class Variant:
         return self.chain.phases[-2] if self.run.anneal is not None else None
 
 
+# The semantic block, what arch.match solved, numerics, parameters, FLOPs a token.
+ResolvedModel = tuple[dict[str, Any], calc_match.Match | None, dict[str, int], dict[str, int], dict[str, float]]
+
+
 @dataclass
 class Resolver:
     """Resolves variants of one study; memoises what they share.
@@ -109,7 +116,7 @@ class Resolver:
     store_root: Path
     directory: Path
     _sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _models: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, int], dict[str, float]]] = field(default_factory=dict)
+    _models: dict[str, ResolvedModel] = field(default_factory=dict)
     _tasks: dict[str, list[evaluate_plan.PlannedTask]] = field(default_factory=dict)
 
     def variants(self, composed: list[Composed]) -> list[Variant]:
@@ -140,7 +147,7 @@ class Resolver:
         data = self._collect(problems, lambda: self._data(run, sources))
         # A mistake here does not hide those of the phases and tasks: they are checked against stand-ins, and nothing is
         # returned.
-        resolved_model, model_numerics, parameters, flops = model or ({}, {}, {}, {})
+        resolved_model, match, model_numerics, parameters, flops = model or ({}, None, {}, {}, {})
         packings = data[2] if data is not None else {}
         packing_ids = {name: packings[name].id if name in packings else name for name in sources}
         tokenizer_id = data[0].id if data is not None else ""
@@ -173,6 +180,7 @@ class Resolver:
             overrides=composed.overrides,
             run=run,
             model=resolved_model,
+            match=match,
             parameters=parameters,
             flops_per_token=flops,
             chain=chain,
@@ -201,14 +209,15 @@ class Resolver:
             problems.extend(error.problems)
             return None
 
-    def _model(self, run: Run) -> tuple[dict[str, Any], dict[str, int], dict[str, int], dict[str, float]]:
+    def _model(self, run: Run) -> ResolvedModel:
         arch = semantic_dict(run.arch)
         vocab = run.corpus.tokenizer.vocab_size
         key = json.dumps([arch, vocab, run.seq_len], sort_keys=True)
         if key not in self._models:
-            model = blocks_resolve.resolve_model(arch, vocab)
+            model, match = calc_match.resolve(arch, vocab, run.seq_len)
             self._models[key] = (
                 model,
+                match,
                 blocks_resolve.numerics(model),
                 calc_model.parameters(model),
                 calc_model.flops_per_token(model, run.seq_len) if run.seq_len > 0 else {},
@@ -309,6 +318,18 @@ class Resolver:
         return list(stages.values())
 
 
+def layout_of(run: Run) -> Layout:
+    """How the config spreads a model over devices."""
+    group = run.parallelism
+    return Layout(
+        data=group.data,
+        zero=group.zero,
+        tensor=group.tensor,
+        expert=group.expert,
+        checkpointing=group.activation_checkpointing,
+    )
+
+
 def run_of(config: DictConfig) -> Run:
     """The typed Run of a composed config. Raises ConfigError naming unknown keys, and a key that has no value."""
     plain = OmegaConf.to_container(config, resolve=False)
@@ -377,6 +398,20 @@ def _epoch_cap(run: Run, name: str) -> int | None:
 def _check_execution(run: Run, problems: Problems) -> None:
     if run.execution.micro_batch <= 0:
         problems.add(f"execution.micro_batch = {run.execution.micro_batch} must be above 0.")
+    layout = layout_of(run)
+    problems.extend(layout.problems(None))
+    for key, value, alone in (
+        ("data", layout.data, 1),
+        ("zero", layout.zero, 0),
+        ("tensor", layout.tensor, 1),
+        ("expert", layout.expert, 1),
+        ("activation_checkpointing", layout.checkpointing, "none"),
+    ):
+        if value != alone:
+            problems.add(
+                f"parallelism.{key} = {value}: a training runs on one device so far, without it; `zexp calc` counts such a "
+                f"layout.\n  Set parallelism.{key} to {alone}."
+            )
     if run.parallelism.threads <= 0:
         problems.add(f"parallelism.threads = {run.parallelism.threads} must be above 0.")
     if run.execution.log_every <= 0:

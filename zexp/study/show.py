@@ -1,23 +1,18 @@
-"""What a person sees of a plan, of a finished run and of an architecture; and the same as one JSON object."""
+"""What a person sees of a plan; and the same as one JSON object."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from zexp.blocks import resolve as blocks_resolve
-from zexp.calc import model as calc_model
-from zexp.config.identity import semantic_dict
 from zexp.config.tokens import say_tokens
 from zexp.store.folder import Store
 from zexp.study.plan import Plan, Stage, bins_known, ledger_of
-from zexp.study.resolve import Composed, run_of
 
 
 def say_bytes(size: float) -> str:
@@ -28,12 +23,12 @@ def say_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def say_flops(flops: float) -> str:
+def say_flops(flops: float, digits: int = 3) -> str:
     """Floating-point operations with a unit, e.g. '18.3 TFLOP'."""
     for unit, factor in (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if flops >= factor:
-            return f"{flops / factor:.3g} {unit}"
-    return f"{flops / 1e6:.3g} MFLOP"
+            return f"{flops / factor:.{digits}g} {unit}"
+    return f"{flops / 1e6:.{digits}g} MFLOP"
 
 
 def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, *, as_json: bool) -> None:
@@ -55,6 +50,8 @@ def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, *, as_json: boo
             nodes[stage.id] = parent.add(_segment_line(stage, scored.get(stage.id, [])))
     console.print(tree)
     _print_ledger(console, the_plan, store)
+    for line in dict.fromkeys(f"{v.arch}: {v.match.line()}" for v in the_plan.variants if v.match is not None):
+        console.print(line)
     console.print(_summary(the_plan))
     console.print("Nothing was started.")
 
@@ -113,56 +110,3 @@ def _summary(the_plan: Plan) -> str:
         f"{say_flops(flops['to_train'])}; at most {say_bytes(the_plan.disk_bytes())} of disk."
     )
     return text
-
-
-def calc(composed: Sequence[Composed], *, as_json: bool) -> int:
-    """Parameters, FLOPs per token and bytes of each composed architecture; exit code 0. Raises ConfigError."""
-    answers: list[dict[str, Any]] = []
-    seen: list[tuple[dict[str, Any], int]] = []
-    for one in composed:
-        run = run_of(one.config)
-        model = blocks_resolve.resolve_model(semantic_dict(run.arch), run.corpus.tokenizer.vocab_size)
-        if (model, run.seq_len) in seen:  # a study's variants share architectures
-            continue
-        seen.append((model, run.seq_len))
-        answers.append(
-            {
-                "arch": one.choices.get("arch"),
-                "seq_len": run.seq_len,
-                "vocab_size": model["vocab_size"],
-                "parameters": calc_model.parameters(model),
-                "flops_per_token": calc_model.flops_per_token(model, run.seq_len),
-                "memory": {
-                    "training": calc_model.checkpoint_bytes(model),
-                    "inference": {
-                        "kv_bytes_per_token": calc_model.kv_bytes_per_token(model),
-                        "state_bytes": calc_model.state_bytes(model),
-                    },
-                },
-                "blocks": [asdict(row) for row in calc_model.block_table(model, run.seq_len)],
-            }
-        )
-    if as_json:
-        print(json.dumps(answers[0] if len(answers) == 1 else {"architectures": answers}))
-        return 0
-    console = Console(highlight=False)
-    for answer in answers:
-        title = f"{answer['arch']}, sequence length {answer['seq_len']}, vocabulary {answer['vocab_size']}"
-        table = Table(title=title, title_justify="left", box=None)
-        for name in ("block", "parameters", "forward FLOP/token"):
-            table.add_column(name, justify="left" if name == "block" else "right")
-        for row in answer["blocks"]:
-            table.add_row(str(row["name"]), f"{row['parameters']:,}", f"{row['flops']:,.0f}")
-        total = answer["parameters"]
-        table.add_row("all", f"{total['total']:,}", f"{answer['flops_per_token']['forward']:,.0f}", style="bold")
-        console.print(table)
-        console.print(
-            f"{total['active']:,} active, {total['embedding']:,} of embeddings; "
-            f"training {answer['flops_per_token']['train']:,.0f} FLOP/token."
-        )
-        states, cache = answer["memory"]["training"], answer["memory"]["inference"]
-        console.print(
-            f"A state takes {say_bytes(states['full'])}, its weights {say_bytes(states['weights'])} (fp32). Decoding in bf16 caches "
-            f"{say_bytes(cache['state_bytes'])} and {say_bytes(cache['kv_bytes_per_token'])} a token of context."
-        )
-    return 0

@@ -31,6 +31,9 @@ class Spec(BlockSpec):
     NAME: ClassVar[str] = "attention"
     NUMERICS: ClassVar[dict[str, int]] = {"block.attention": 1, "kernel.attention": 1, "kernel.rotary": 1}
 
+    SCALED_HEADS: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
+    BF16_SAVED: ClassVar[float] = 2.0
+
     heads: int
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -135,6 +138,20 @@ class Spec(BlockSpec):
         """q·k and the weighted sum of v, of the keys that a query sees."""
         q, _, d_h = self._sizes(width)
         return 2 * (seq_len + 1) * q * d_h
+
+    def decode_flops(self, width: int, context: int) -> float:
+        q, _, d_h = self._sizes(width)
+        keys = context if self.seen is None else min(context, self.seen)
+        return self.matmul_flops(width) + 4 * keys * q * d_h
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        q, kv, _ = self._sizes(width)
+        return {"heads": q, "kv_heads": kv}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        _, _, d_h = self._sizes(width)
+        whole = self.bias * width + self.qk_norm * 2 * d_h
+        return (self.parameters(width) - whole) // degree + whole
 
     def saved_elements(self, width: int, seq_len: int) -> float:
         q, kv, d_h = self._sizes(width)

@@ -88,9 +88,26 @@ class Spec(BlockSpec):
         scan = 2 * q * n * g + 2 * q * inner + 4 * n * inner + 2 * n * inner / q
         return self.matmul_flops(width) + 2 * self.conv_width * channels + scan
 
+    def decode_flops(self, width: int, context: int) -> float:
+        # Forgetting, writing (two) and reading (two) the state.
+        conv = 2 * self.conv_width * self.conv_channels(width)
+        return self.matmul_flops(width) + conv + 5 * self.inner(width) * self.state_size
+
     def matmul_flops(self, width: int) -> float:
         inner, heads, channels = self.inner(width), self.heads(width), self.conv_channels(width)
         return 2 * width * (inner + channels + heads) + 2 * inner * width
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"heads": self.heads(width)}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        # Heads are cut; B and C too where their groups can be, else every device has them whole (mamba-ssm cuts the same).
+        inner, heads = self.inner(width), self.heads(width)
+        shared = 2 * self.groups * self.state_size
+        shared = shared // degree if self.groups % degree == 0 else shared
+        channels = inner // degree + shared
+        in_proj = width * ((inner + heads) // degree + channels)
+        return in_proj + channels * (self.conv_width + 1) + (3 * heads + inner + inner * width) // degree
 
     def saved_elements(self, width: int, seq_len: int) -> float:
         inner, heads, channels = self.inner(width), self.heads(width), self.conv_channels(width)

@@ -24,6 +24,9 @@ class Spec(BlockSpec):
     NAME: ClassVar[str] = "mlp"
     NUMERICS: ClassVar[dict[str, int]] = {"block.mlp": 1, "kernel.activation": 1}
 
+    SCALED_WIDTHS: ClassVar[tuple[str, ...]] = ("width",)
+    BF16_SAVED: ClassVar[float] = 2.0
+
     width: int
     activation: Activation = "swiglu"
     bias: bool = False
@@ -48,6 +51,13 @@ class Spec(BlockSpec):
 
     def matmul_flops(self, width: int) -> float:
         return (6 if self.gated else 4) * width * self.width
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"width": self.width}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        whole = (self.bias + self.token_shift) * width
+        return (self.parameters(width) - whole) // degree + whole
 
     def saved_elements(self, width: int, seq_len: int) -> float:
         read = width * (2 if self.token_shift else 1)

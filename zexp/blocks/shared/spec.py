@@ -41,6 +41,10 @@ class Spec(FeederSpec):
         "kernel.rotary": 1,
     }
 
+    SCALED_WIDTHS: ClassVar[tuple[str, ...]] = ("mlp_width",)
+    SCALED_HEADS: ClassVar[tuple[str, ...]] = ("heads",)
+    BF16_SAVED: ClassVar[float] = 2.3
+
     heads: int
     mlp_width: int
     activation: Gate = "gelu_erf"
@@ -91,6 +95,26 @@ class Spec(FeederSpec):
         entered = self.input_width(width)
         attention = 6 * entered * entered + 2 * entered * width
         return attention + 6 * width * self.mlp_width + 2 * self.call_parameters(width)
+
+    def decode_flops(self, width: int, context: int) -> float:
+        return self.matmul_flops(width) + 4 * context * self.input_width(width)
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"heads": self.heads, "mlp_width": self.mlp_width}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        norms = self.input_width(width) + width
+        return (self.parameters(width) - norms) // degree + norms
+
+    def call_tensor_parameters(self, width: int, degree: int) -> int:
+        # An adapter's second matrix is cut like the shared one that it adds to; its first and the last map are whole.
+        up = self.lora_rank.mlp * 2 * self.mlp_width + self.lora_rank.attention * 3 * self.input_width(width)
+        return self.call_parameters(width) - up + up // degree
+
+    def saved_whole(self, width: int) -> float:
+        # Inputs of both norms and of the matrices behind them, narrow vectors of adapters, the last map's input.
+        narrow = 3 * self.lora_rank.attention + self.lora_rank.mlp + 2
+        return 2 * self.input_width(width) + 2 * width + narrow + self.call_linear * width
 
     def saved_elements(self, width: int, seq_len: int) -> float:
         entered = self.input_width(width)

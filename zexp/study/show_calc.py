@@ -1,0 +1,186 @@
+"""What a person sees of `zexp calc`: tables of one architecture, or several side by side; and the same as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from zexp.calc.budget import Budget
+from zexp.config.tokens import say_tokens
+from zexp.study.describe import describe
+from zexp.study.resolve import Composed
+from zexp.study.show import say_bytes, say_flops
+
+COLUMN = 15  # characters of one architecture's column, its gap included
+LABELS = 26  # of the column before them
+
+
+def calc(composed: Sequence[Composed], budget: Budget | None, *, as_json: bool) -> int:
+    """Print what the composed architectures cost, or what the budget trains of them; exit code 0. Raises ConfigError."""
+    answers = describe(composed, budget)
+    if as_json:
+        print(json.dumps(answers[0] if len(answers) == 1 else {"architectures": answers}))
+        return 0
+    console = Console(highlight=False)
+    for answer in answers:
+        if answer["match"] is not None:
+            console.print(f"{answer['arch']}: {answer['match']['line']}")
+    if len(answers) > 1:
+        _print_side_by_side(answers, console)
+        return 0
+    if budget is not None:
+        _print_budget(answers[0], console)
+        return 0
+    _print_one(answers[0], console)
+    return 0
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+    return table
+
+
+def _print_one(answer: dict[str, Any], console: Console) -> None:
+    parameters, flops = answer["parameters"], answer["flops_per_token"]
+    title = (
+        f"{answer['arch']}: {answer['layers']} layers of width {answer['width']}, sequence length {answer['seq_len']}, "
+        f"vocabulary {answer['vocab_size']}"
+    )
+    console.print(title, style="bold")
+    table = _table("block", "count", "parameters", "forward/token", "kept/token", "KV/token", "state")
+    rows = answer["blocks"]
+    for row in rows:
+        name = f"{row['name']} ({row['letter']})" if row["letter"] else row["name"]
+        table.add_row(name, *_figures(row, str(row["count"])))
+    whole = {key: sum(row[key] for row in rows) for key in ("flops", "saved_bytes_per_token", "kv_bytes", "state_bytes")}
+    table.add_row("all", *_figures({**whole, "parameters": parameters["total"]}, ""), style="bold")
+    console.print(table)
+    active = "" if parameters["active"] == parameters["total"] else f"{parameters['active']:,} active a token, "
+    console.print(f"Parameters: {parameters['total']:,}, {active}{parameters['embedding']:,} in embedding and head.")
+    console.print(
+        f"Training: {say_flops(flops['train'], 4)} a token, {flops['train'] / (6 * parameters['total']):.2f} × 6N; "
+        f"{say_flops(flops['train_recomputed'], 4)} if the forward pass is computed again."
+    )
+    console.print()
+    _print_memory(answer, console)
+
+
+def _figures(row: dict[str, Any], count: str) -> list[str]:
+    sizes = [say_bytes(row[key]) if row[key] else "" for key in ("saved_bytes_per_token", "kv_bytes", "state_bytes")]
+    parameters = f"{row['parameters']:,}" if row["parameters"] else ""
+    return [count, parameters, say_flops(row["flops"], 4) if row["flops"] else "", *sizes]
+
+
+def _print_memory(answer: dict[str, Any], console: Console) -> None:
+    training, inference = answer["memory"]["training"], answer["memory"]["inference"]
+    console.print(f"Training, {_layout(training)}: bytes on each device", style="bold")
+    table = _table("weights", "gradients", "optimizer", "activations", "all")
+    keys = ("weights", "gradients", "optimizer", "activations", "total")
+    table.add_row(*(say_bytes(training[key]) for key in keys))
+    console.print(table)
+    console.print()
+    console.print(f"Decoding one sequence in bf16, weights {say_bytes(inference['weights'])}", style="bold")
+    table = _table("context", "cache", "with weights", "FLOPs/token", "bytes read/token")
+    for row in inference["contexts"]:
+        cells = (say_bytes(row["cache"]), say_bytes(row["total"]), say_flops(row["flops"]), say_bytes(row["bytes"]))
+        table.add_row(f"{row['context']:,}", *cells)
+    console.print(table)
+    state = answer["memory"]["state"]
+    console.print(f"A state takes {say_bytes(state['full'])} on disk, its weights {say_bytes(state['weights'])} (fp32).")
+
+
+def _layout(training: dict[str, Any]) -> str:
+    layout, devices = training["layout"], training["devices"]
+    parts = [training["precision"], f"micro-batches of {training['micro_batch']}", f"{devices} device{'s' * (devices != 1)}"]
+    parts += [f"ZeRO-{layout['zero']}"] * (layout["zero"] > 0)
+    parts += [f"{name}-parallel {layout[name]}" for name in ("tensor", "expert") if layout[name] > 1]
+    parts += ["activations computed again"] * (layout["checkpointing"] == "full")
+    return ", ".join(parts)
+
+
+def _print_budget(answer: dict[str, Any], console: Console) -> None:
+    budget, training = answer["budget"], answer["memory"]["training"]
+    console.print(
+        f"{budget['gpus']} × {budget['device']} for {budget['days']:g} days at {budget['mfu']:.0%} of "
+        f"{say_flops(budget['peak_flops_per_second'])}/s in {budget['peak']} ({budget['source']}): "
+        f"{say_flops(budget['flops'])}."
+    )
+    console.print(
+        f"{answer['arch']}, {answer['parameters']['total']:,} parameters, {say_flops(answer['flops_per_token']['train'])} a token at "
+        f"sequence length {answer['seq_len']}: {say_tokens(budget['tokens'])} tokens, "
+        f"{budget['tokens_per_parameter']:.3g} a parameter, {say_tokens(budget['tokens_per_second'])} a second. "
+        f"20 tokens a parameter would take {budget['days_for_20_tokens_per_parameter']:.3g} days."
+    )
+    fits = "of" if budget["fits"] else "which is more than the"
+    hint = "" if budget["fits"] else " Try parallelism.zero=1 to 3, parallelism.tensor or activation_checkpointing=full."
+    console.print(
+        f"Memory: {say_bytes(training['total'])} on each device ({_layout(training)}), {fits} "
+        f"{say_bytes(budget['device_memory'])} that it has.{hint}"
+    )
+
+
+def _print_side_by_side(answers: Sequence[dict[str, Any]], console: Console) -> None:
+    """Architectures as columns where they fit, else as rows with fewer figures."""
+    seq_lens = {answer["seq_len"] for answer in answers}
+    names = [f"{answer['arch']}" + (f"@{answer['seq_len']}" if len(seq_lens) > 1 else "") for answer in answers]
+    figures = [_compared(answer) for answer in answers]
+    shared = f"Sequence length {seq_lens.pop()}" if len(seq_lens) == 1 else "Each at its sequence length"
+    training = answers[0]["memory"]["training"]
+    console.print(f"{shared}; training memory: {_layout(training)}; decoding in bf16", style="bold")
+    if LABELS + COLUMN * len(answers) <= console.width:
+        table = _table("", *names)
+        for label in figures[0]:
+            table.add_row(label, *(figure.get(label, "") for figure in figures))
+        console.print(table)
+        return
+    short = {"parameters": "parameters", "training FLOPs/token": "train/token", "training memory": "training"}
+    if "tokens" in figures[0]:
+        short |= {"tokens": "tokens", "tokens/parameter": "per parameter"}
+    else:
+        short |= {"KV/token": "KV/token", "state": "state", "with weights at 32768": "at 32,768"}
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(["", *short.values()]):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for name, figure in zip(names, figures, strict=True):
+        table.add_row(name, *(figure[key] for key in short))
+    console.print(table)
+
+
+def _compared(answer: dict[str, Any]) -> dict[str, str]:
+    parameters, flops = answer["parameters"], answer["flops_per_token"]
+    training, inference = answer["memory"]["training"], answer["memory"]["inference"]
+    figures = {
+        "parameters": say_tokens(parameters["total"]),
+        "active": say_tokens(parameters["active"]),
+        "embedding and head": say_tokens(parameters["embedding"]),
+        "layers × width": f"{answer['layers']} × {answer['width']}",
+        "forward FLOPs/token": say_flops(flops["forward"], 4),
+        "training FLOPs/token": say_flops(flops["train"], 4),
+        "with recomputation": say_flops(flops["train_recomputed"], 4),
+        "training memory": say_bytes(training["total"]),
+        "  of it activations": say_bytes(training["activations"]),
+        "weights, decoding": say_bytes(inference["weights"]),
+        "KV/token": say_bytes(inference["kv_bytes_per_token"]),
+        "state": say_bytes(inference["state_bytes"]),
+    }
+    for row in inference["contexts"]:
+        context = row["context"]
+        figures[f"with weights at {context}"] = say_bytes(row["total"])
+    for row in inference["contexts"]:
+        context = row["context"]
+        figures[f"decode FLOPs at {context}"] = say_flops(row["flops"])
+    for row in inference["contexts"]:
+        figures[f"bytes read at {row['context']}"] = say_bytes(row["bytes"])
+    if "budget" in answer:
+        budget = answer["budget"]
+        figures["budget FLOPs"] = say_flops(budget["flops"])
+        figures["tokens"] = say_tokens(budget["tokens"])
+        figures["tokens/parameter"] = f"{budget['tokens_per_parameter']:.3g}"
+        figures["fits the device"] = "yes" if budget["fits"] else "no"
+    return figures
