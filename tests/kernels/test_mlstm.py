@@ -18,7 +18,9 @@ NAMES = ("q", "k", "v", "input", "log forget")
 case_of = pytest.mark.parametrize("case", CASES, ids=lambda case: "B{}-T{}-H{}-N{}-P{}-Q{}".format(*case))
 
 
-def inputs(case: tuple[int, ...], dtype: torch.dtype = torch.float64, gates: float = 2.0, shift: float = 0.0) -> list[Tensor]:
+def inputs(
+    case: tuple[int, ...], dtype: torch.dtype = torch.float64, gates: float = 2.0, shift: float = 0.0
+) -> list[Tensor]:
     """gates: how far the input gate's exponents and the forget gates spread; shift: their mean."""
     b, t, h, n, p, _ = case
     generator = torch.Generator().manual_seed(sum(case))
@@ -102,10 +104,13 @@ def test_gates_of_any_size_stay_finite(gates, packed):
 
 
 def test_bf16_inputs_are_mixed_in_fp32():
-    made = [tensor.detach() for tensor in inputs((2, 64, 2, 8, 8, 16), torch.float32)]
-    low = [tensor.bfloat16() for tensor in made[:3]] + made[3:]
+    made = inputs((2, 64, 2, 8, 8, 16), torch.float32)
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in made[:3]] + made[3:]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = mlstm(*low, scale=0.35, eps=1e-6, chunk=16)
-    truth = reference.mlstm(*(tensor.float() for tensor in low), scale=0.35, eps=1e-6)
+    high = [tensor.detach().float().requires_grad_() for tensor in low]
+    truth = reference.mlstm(*high, scale=0.35, eps=1e-6)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), truth, rtol=2**-7, atol=1e-3)  # one rounding of the output, small n q
+    for name, mine, true in zip(NAMES, gradients(out.float(), low), gradients(truth, high), strict=True):
+        assert (mine.float() - true).norm() < 0.02 * true.norm(), name

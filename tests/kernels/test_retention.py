@@ -87,9 +87,12 @@ def test_single_precision_stays_close_to_double(first):
 
 
 def test_bf16_inputs_are_mixed_in_fp32():
-    low = [tensor.detach().bfloat16() for tensor in inputs((2, 64, 2, 8, 8, 16))]
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs((2, 64, 2, 8, 8, 16))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = retention(*low, decays(2), scale=0.25, chunk=16)
-    truth = reference.retention(*(tensor.float() for tensor in low), decays(2), scale=0.25)
+    high = [tensor.detach().float().requires_grad_() for tensor in low]
+    truth = reference.retention(*high, decays(2), scale=0.25)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), truth, rtol=2**-8, atol=1e-5)  # one rounding, of the output
+    for mine, true in zip(torch.autograd.grad(out.sum(), low), torch.autograd.grad(truth.sum(), high), strict=True):
+        torch.testing.assert_close(mine.float(), true, rtol=2**-8, atol=1e-4)

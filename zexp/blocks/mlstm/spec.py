@@ -27,6 +27,8 @@ class Spec(BlockSpec):
     NAME: ClassVar[str] = "mlstm"
     NUMERICS: ClassVar[dict[str, int]] = {"block.mlstm": 1, "kernel.head_norm": 1, "kernel.mlstm": 1}
 
+    SCALED_HEADS: ClassVar[tuple[str, ...]] = ("heads",)
+
     heads: int
     qk_factor: float = 0.5
     value_factor: float = 1.0
@@ -62,6 +64,17 @@ class Spec(BlockSpec):
         keys, values = self.keys(width), self.values(width)
         gates = 2 * self.heads * (width + 1)
         return width * (2 * keys + 2 * values) + gates + values + values * width
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"heads": self.heads}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        return self.parameters(width) // degree
+
+    def decode_flops(self, width: int, context: int) -> float:
+        # Forgetting, writing (two) and reading (two) the memory and the normaliser.
+        state = self.keys(width) // self.heads * (self.values(width) + self.heads)
+        return self.matmul_flops(width) + 5 * state
 
     def flops(self, width: int, seq_len: int) -> float:
         q, keys = min(self.chunk, seq_len), self.keys(width)

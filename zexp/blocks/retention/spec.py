@@ -34,6 +34,8 @@ class Spec(BlockSpec):
         "kernel.rotary": 1,
     }
 
+    SCALED_HEADS: ClassVar[tuple[str, ...]] = ("heads",)
+
     heads: int
     value_expansion: float = 2.0
     rope_theta: float | None = 10000.0
@@ -95,6 +97,17 @@ class Spec(BlockSpec):
     def parameters(self, width: int) -> int:
         inner = self.values(width)
         return 2 * width * width + (3 if self.gate else 2) * inner * width + inner // self.heads
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"heads": self.heads}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        whole = self.values(width) // self.heads  # the norm's weight, which all heads share
+        return (self.parameters(width) - whole) // degree + whole
+
+    def decode_flops(self, width: int, context: int) -> float:
+        # Forgetting, writing (two) and reading (two) the state.
+        return self.matmul_flops(width) + 5 * (width // self.heads) * self.values(width)
 
     def flops(self, width: int, seq_len: int) -> float:
         q, inner = min(self.chunk, seq_len), self.values(width)

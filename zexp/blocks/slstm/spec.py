@@ -27,6 +27,8 @@ class Spec(BlockSpec):
         "kernel.slstm": 1,
     }
 
+    SCALED_HEADS: ClassVar[tuple[str, ...]] = ("heads",)
+
     heads: int
     conv_width: int | None = 4
 
@@ -44,6 +46,12 @@ class Spec(BlockSpec):
         conv = 0 if self.conv_width is None else width * self.conv_width + width
         gates = 4 * width * (width // self.heads)  # once from the input, once from the memory
         return conv + 2 * gates + 4 * width + width
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"heads": self.heads}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        return self.parameters(width) // degree
 
     def flops(self, width: int, seq_len: int) -> float:
         return self.matmul_flops(width) + 2 * (self.conv_width or 0) * width

@@ -50,9 +50,9 @@ def mlstm(
     Source: xLSTM (arXiv:2405.04517), eq. (19) to (27).
     """
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        inputs = _high(q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH)
         ids = None if documents is None else documents.ids_BT
-        return _Mlstm.apply(*inputs, scale, eps, chunk, ids).to(v_BTHP.dtype)
+        h_BTHP = _Mlstm.apply(q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH, scale, eps, chunk, ids)
+        return h_BTHP.to(v_BTHP.dtype)
 
 
 class State(NamedTuple):
@@ -82,7 +82,7 @@ def mlstm_continue(
     """
     dtype = v_BTHP.dtype
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        inputs = _high(q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH)
+        inputs = (q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH)
         if v_BTHP.shape[1] == 1:
             h_BHP, state = _step(inputs, state, scale, eps)
             return h_BHP[:, None].to(dtype), state
@@ -94,12 +94,8 @@ def mlstm_continue(
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, input, log forget
 
 
-def _high(q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, log_forget: Tensor) -> Inputs:
-    return at_least_fp32(q), at_least_fp32(k), at_least_fp32(v), at_least_fp32(inputs), at_least_fp32(log_forget)
-
-
 def _step(inputs: Inputs, state: State, scale: float, eps: float) -> tuple[Tensor, State]:
-    q_BHN, k_BHN, v_BHP, input_BH, log_forget_BH = (tensor[:, 0] for tensor in inputs)
+    q_BHN, k_BHN, v_BHP, input_BH, log_forget_BH = (at_least_fp32(tensor[:, 0]) for tensor in inputs)
     earlier_BH = log_forget_BH + state.m_BH
     m_BH = torch.maximum(earlier_BH, input_BH)
     forget_BH1, added_BH1 = (earlier_BH - m_BH).exp_()[..., None], (input_BH - m_BH).exp_()[..., None]
@@ -135,8 +131,13 @@ def _parts(length: int, chunk: int) -> Iterator[slice]:
 
 
 def _heads(tensor_BTHP: Tensor, at: slice) -> Tensor:
-    """(B, H, Q, P), contiguous, of the positions `at`: a copy, or the tensor itself where it is so already."""
-    return tensor_BTHP[:, at].transpose(1, 2).contiguous()
+    """(B, H, Q, P), contiguous, in fp32 at least, of the positions `at`: a copy, or a view where that is so already."""
+    return at_least_fp32(tensor_BTHP[:, at]).transpose(1, 2).contiguous()
+
+
+def _zero(input_BTH: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stabiliser before a row."""
+    return input_BTH.new_zeros(input_BTH.shape[0], input_BTH.shape[2], 1, 1, dtype=dtype)
 
 
 def _weights(
@@ -199,10 +200,11 @@ def _forward(
     """h, (2, B, T, H, 1): 1 / denominator and that with the sign of n q, 0 where exp(-m) is the larger, the state that
     enters each chunk but the first, and the last one. carried: the state before the row, None = zero.
     """
-    h_BTHP = torch.empty_like(v_BTHP, memory_format=torch.contiguous_format)
-    inverses = v_BTHP.new_empty(2, *input_BTH.shape, 1)
+    dtype = torch.promote_types(v_BTHP.dtype, torch.float32)
+    h_BTHP = torch.empty_like(v_BTHP, dtype=dtype, memory_format=torch.contiguous_format)
+    inverses = v_BTHP.new_empty(2, *input_BTH.shape, 1, dtype=dtype)
     entering: list[_Carried] = []
-    zero_BH11 = input_BTH.new_zeros(input_BTH.shape[0], input_BTH.shape[2], 1, 1)
+    zero_BH11 = _zero(input_BTH, dtype)
     for at in _parts(v_BTHP.shape[1], chunk):
         q, k, v = (_heads(tensor, at) for tensor in (q_BTHN, k_BTHN, v_BTHP))
         m_BH11 = zero_BH11 if carried is None else carried.m
@@ -265,7 +267,7 @@ class _Mlstm(torch.autograd.Function):
         dh_h_BTH1 = (grads[0] * h_BTHP).sum(-1, keepdim=True)
         ddenominators = (dh_h_BTH1 * inverses[1]).neg_()
         drows = torch.where(inverses[1] != 0, dh_h_BTH1 * inverses[0] * eps, dh_h_BTH1)
-        zero_BH11 = input_BTH.new_zeros(input_BTH.shape[0], input_BTH.shape[2], 1, 1)
+        zero_BH11 = _zero(input_BTH, h_BTHP.dtype)
         dmemory: Tensor | None = None
         dnormaliser: Tensor | None = None
         leaving: _Carried | None = None

@@ -38,9 +38,8 @@ def retention(
     documents: the state is zero before every document. Source: RetNet (arXiv:2307.08621), eq. (6).
     """
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        q, k, v = (at_least_fp32(tensor) for tensor in (q_BTHN, k_BTHN, v_BTHP))
         ids = None if documents is None else documents.ids_BT
-        return _Retention.apply(q, k, v, log_decays, scale, chunk, ids).to(v_BTHP.dtype)
+        return _Retention.apply(q_BTHN, k_BTHN, v_BTHP, log_decays, scale, chunk, ids)
 
 
 @torch.no_grad()
@@ -60,14 +59,14 @@ def retention_continue(
     """
     dtype = v_BTHP.dtype
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        q, k, v = (at_least_fp32(tensor) for tensor in (q_BTHN, k_BTHN, v_BTHP))
-        if v.shape[1] == 1:
+        if v_BTHP.shape[1] == 1:
+            q, k, v = (at_least_fp32(tensor) for tensor in (q_BTHN, k_BTHN, v_BTHP))
             carry_H11 = _tables(log_decays, 1, 1.0, v.device, state_BHNP.dtype).carry_H11
             state = torch.addcmul(state_BHNP * carry_H11, k[:, 0, :, :, None], v[:, 0, :, None, :])
             y_BH1P = torch.matmul(q[:, 0, :, None, :] * scale, state)
             return y_BH1P.transpose(1, 2).to(dtype), state
-        y_BTHP, _, state = _forward(q, k, v, log_decays, scale, chunk, None, state_BHNP)
-        return y_BTHP.to(dtype), state
+        y_BTHP, _, state = _forward(q_BTHN, k_BTHN, v_BTHP, log_decays, scale, chunk, None, state_BHNP)
+        return y_BTHP, state
 
 
 class _Tables(NamedTuple):
@@ -111,14 +110,14 @@ class _Chunk(NamedTuple):
 def _chunks(
     like_BTHP: Tensor, log_decays: tuple[float, ...], scale: float, chunk: int, ids_BT: Tensor | None
 ) -> Iterator[_Chunk]:
-    length = like_BTHP.shape[1]
+    length, dtype = like_BTHP.shape[1], torch.promote_types(like_BTHP.dtype, torch.float32)
     for start in range(0, length, chunk):
         at = slice(start, min(start + chunk, length))
-        tables = _tables(log_decays, at.stop - start, scale, like_BTHP.device, like_BTHP.dtype)
+        tables = _tables(log_decays, at.stop - start, scale, like_BTHP.device, dtype)
         if ids_BT is None:
             yield _Chunk(at, tables.pair, None, tables.entry, tables.exit, tables.carry_H11)
             continue
-        masks = chunk_masks(ids_BT, at, like_BTHP.dtype)
+        masks = chunk_masks(ids_BT, at, dtype)
         yield _Chunk(
             at,
             tables.pair,
@@ -130,8 +129,8 @@ def _chunks(
 
 
 def _heads(tensor_BTHP: Tensor, at: slice) -> Tensor:
-    """(B, H, Q, P), contiguous, of the positions `at`: a copy, or the tensor itself where it is so already."""
-    return tensor_BTHP[:, at].transpose(1, 2).contiguous()
+    """(B, H, Q, P), contiguous, in fp32 at least, of the positions `at`: a copy, or a view where that is so already."""
+    return at_least_fp32(tensor_BTHP[:, at]).transpose(1, 2).contiguous()
 
 
 def _forward(
