@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zexp.model.hf import pieces
-from zexp.model.hf.entries import Config, Fixed, Rope, Same, TimeStepLimit, Unreadable
-from zexp.model.hf.family import Family, Layer, Parts, count
+from zexp.model.hf.entries import Config, Fixed, Rope, Same, TimeStepLimit
+from zexp.model.hf.family import Family, Layer, Parts, count, some_attention
 from zexp.model.hf.llama import ends, gqa, head_dim, trunk
 from zexp.model.hf.mamba2 import Heads, block
 from zexp.model.hf.pieces import Piece
@@ -15,8 +15,6 @@ from zexp.model.hf.pieces import Piece
 
 def layers(theirs: Sequence[Layer]) -> dict[str, Any]:
     attention = [index for index, (mixer, _) in enumerate(theirs) if mixer == "a"]
-    if not 0 < len(attention) < len(theirs):
-        raise Unreadable("a Bamba has attention layers 'a' and Mamba2 layers 'm'.")
     return {"num_hidden_layers": len(theirs), "attn_layer_indices": attention}
 
 
@@ -52,6 +50,11 @@ def tensors(parts: Parts) -> Iterator[Piece]:
         yield from pieces.mlp(f"layers.{after}.branches.d", f"{old}.feed_forward", parts.specs["d"], width)
 
 
+def limits(parts: Parts) -> list[str]:
+    """It has both: BambaConfig checks sizes of Mamba2, and a pass asks attention's cache."""
+    return some_attention(parts) + ([] if "m" in parts.letters else ["arch.pattern: no layer is 'm', and a Bamba has some."])
+
+
 NAMES = {
     "expand": "mamba_expand", "state_size": "mamba_d_state", "groups": "mamba_n_groups", "conv_width": "mamba_d_conv",
     "chunk": "mamba_chunk_size",
@@ -82,4 +85,5 @@ FAMILY = Family(
     layers=layers,
     unlayers=unlayers,
     tensors=tensors,
+    limits=limits,
 )

@@ -88,7 +88,7 @@ class Family:
     layers: their layers -> keys of config.json; raises Unreadable where the config cannot say them.
     unlayers: the other way.
     tensors: the pieces of a model that fits.
-    limits: what the class refuses besides, one text each.
+    limits: what the class refuses besides, one text each. free: keys of ours that it does not contradict, beside FREE.
     ignored: regular expressions of names that checkpoints may hold and nobody reads.
     tolerated: path -> values of ours that are taken whatever config.json says there (with the reason at the family).
     """
@@ -101,6 +101,7 @@ class Family:
     unlayers: Callable[[Config], list[Layer]]
     tensors: Callable[[Parts], Iterable[Piece]]
     limits: Callable[[Parts], list[str]] = lambda parts: []
+    free: frozenset[str] = FREE
     ignored: tuple[str, ...] = ()
     tolerated: Mapping[str, tuple[Any, ...]] | None = None
 
@@ -116,7 +117,7 @@ class Family:
         return [
             f"arch.{path} = {said(value)}: a {self.class_name} cannot say that; it would have {said(back.flat[path])}."
             for path, value in parts.flat.items()
-            if path not in FREE and value != back.flat[path]
+            if path not in self.free and value != back.flat[path]
         ] + self.limits(parts)
 
     def config(self, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,15 +131,14 @@ class Family:
 
     def arch(self, config: Config) -> dict[str, Any]:
         """The architecture that a config.json describes, as a config's `arch`. Raises Unreadable with every reason."""
-        problems: list[str] = []
-        layers: list[str] = []
-        try:
-            layers = [layer for theirs in self.unlayers(config) for layer in theirs]
-        except Unreadable as error:
-            problems.append(str(error))
+        layers = [layer for theirs in self.unlayers(config) for layer in theirs]
         letters = pattern.letters(layers)
         flat: Flat = {}
+        problems: list[str] = []
         for entry in self.entries:
+            paths = entry.ours()
+            if paths and not any(_belongs(path, letters) for path in paths):
+                continue
             try:
                 flat |= entry.read(config)
             except Unreadable as error:
@@ -147,8 +147,7 @@ class Family:
             raise Unreadable(" ".join(problems))
         made: dict[str, Any] = {"pattern": layers, "blocks": {letter: {} for letter in letters}}
         for path, value in flat.items():
-            _, _, below = path.partition("blocks.")
-            if not below or below[0] in letters:
+            if _belongs(path, letters):
                 _set(made, path, value)
         return made
 
@@ -173,10 +172,10 @@ class Family:
                 f"the pattern has {len(ours.layers)}, {_brief(ours.layers)}."
             ]
         keys = {path: entry.theirs for entry in self.entries for path in entry.ours()}
-        found = []
+        found = self.limits(ours)
         for path, value in ours.flat.items():
             other = theirs.flat[path]
-            if value == other or path in FREE or value in (self.tolerated or {}).get(path, ()):
+            if value == other or path in self.free or value in (self.tolerated or {}).get(path, ()):
                 continue
             key = f"{keys[path]}: " if keys.get(path) else f"a {self.class_name} has "
             found.append(f"arch.{path} = {said(value)}, but {where} says {key}{said(other)}. Set arch.{path}={said(other)}.")
@@ -202,6 +201,11 @@ class Family:
     def _cut(self, layers: Sequence[str]) -> list[Layer]:
         size = len(self.unit)
         return [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
+
+
+def some_attention(parts: Parts) -> list[str]:
+    """Of the hybrids whose pass asks a cache for its length, which only an attention layer can tell (transformers 5.24)."""
+    return [] if "a" in parts.letters else ["arch.pattern: no layer is 'a', and this class runs with some attention only."]
 
 
 def counted(unit: Layer) -> tuple[Callable[[Sequence[Layer]], dict[str, Any]], Callable[[Config], list[Layer]]]:
@@ -231,6 +235,11 @@ def said(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {said(one)}" for key, one in value.items()) + "}"
     return str(value)
+
+
+def _belongs(path: str, letters: Sequence[str]) -> bool:
+    """False for a key of a block that the model does not have."""
+    return not path.startswith("blocks.") or path.split(".")[1] in letters
 
 
 def _brief(layers: list[str]) -> str:

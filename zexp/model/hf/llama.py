@@ -52,15 +52,15 @@ def ends(parts: Parts, embedding: str, final: str, head: str = "lm_head") -> Ite
         yield pieces.same("head.weight", f"{head}.weight", *shape)
 
 
-def layer(parts: Parts, index: int, channel: bool = True) -> Iterator[Piece]:
-    """Layer `index` of theirs: attention (whatever its letter), and the MLP."""
+def layer(parts: Parts, index: int) -> Iterator[Piece]:
+    """Layer `index` of theirs: attention, whatever its letter, and the MLP if it has one."""
     mixer, after, old = 2 * index, 2 * index + 1, f"model.layers.{index}"
     letter = parts.layers[mixer]
     width = parts.width
     yield from pieces.norm(f"layers.{mixer}.norm", f"{old}.input_layernorm", "rmsnorm", width)
     yield from pieces.norm(f"layers.{after}.norm", f"{old}.post_attention_layernorm", "rmsnorm", width)
     yield from pieces.attention(f"layers.{mixer}.branches.{letter}", f"{old}.self_attn", parts.specs[letter], width)
-    if channel:
+    if parts.layers[after] == "d":
         yield from pieces.mlp(f"layers.{after}.branches.d", f"{old}.mlp", parts.specs["d"], width)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from zexp.model.hf import pieces
 from zexp.model.hf.entries import Always, Config, Fixed, Same, TimeStepMin, Unreadable
-from zexp.model.hf.family import Family, Layer, Parts
+from zexp.model.hf.family import FREE, Family, Layer, Parts, some_attention
 from zexp.model.hf.llama import ends, gqa, trunk
 from zexp.model.hf.mamba2 import Heads, block
 from zexp.model.hf.pieces import Piece
@@ -60,8 +60,27 @@ def tensors(parts: Parts) -> Iterator[Piece]:
             yield from pieces.mamba2(ours, f"{old}.mixer", spec, width)
         elif letter == "a":
             yield from pieces.attention(ours, f"{old}.mixer", spec, width)
-        else:
+        elif letter == "d":
             yield from pieces.mlp(ours, f"{old}.mixer", spec, width)
+        else:
+            yield from pieces.experts(ours, f"{old}.mixer", spec, width, up=("up_proj",))
+            yield pieces.same(f"{ours}.choice_bias", f"{old}.mixer.gate.e_score_correction_bias", spec.experts)
+            for name in ("up", "down"):
+                shape = (spec.shared_width, width) if name == "up" else (width, spec.shared_width)
+                yield pieces.same(f"{ours}.shared_{name}.weight", f"{old}.mixer.shared_experts.{name}_proj.weight", *shape)
+
+
+def limits(parts: Parts) -> list[str]:
+    """It needs attention; its experts are chosen with a bias each, beside a shared one."""
+    found = some_attention(parts)
+    spec = parts.specs.get("e")
+    if spec is None:
+        return found
+    if spec.bias_rate == 0:
+        found.append("arch.blocks.e.bias_rate = 0.0: a NemotronHForCausalLM chooses experts with a bias each; set it above 0.")
+    if spec.shared_width == 0:
+        found.append("arch.blocks.e.shared_width = 0: a NemotronHForCausalLM has a shared expert beside the others.")
+    return found
 
 
 NAMES = {"expand": "expand", "state_size": "ssm_state_size", "groups": "n_groups", "conv_width": "conv_kernel", "chunk": "chunk_size"}
@@ -69,7 +88,7 @@ NAMES = {"expand": "expand", "state_size": "ssm_state_size", "groups": "n_groups
 FAMILY = Family(
     model_type="nemotron_h",
     class_name="NemotronHForCausalLM",
-    unit=(("m", "a", "d"),),
+    unit=(("m", "a", "d", "e"),),
     entries=(
         *trunk(eps=1e-5, tied=False, eps_key="layer_norm_epsilon"),
         *block(NAMES, state_size=128, groups=8, chunk=128),
@@ -83,6 +102,19 @@ FAMILY = Family(
         Same("intermediate_size", "blocks.d.width", 21504),
         Same("mlp_hidden_act", "blocks.d.activation", "relu2", values=PLAIN),
         Same("mlp_bias", "blocks.d.bias", False),
+        Same("moe_intermediate_size", "blocks.e.width", 7688),
+        Same("n_routed_experts", "blocks.e.experts", 8),
+        Same("num_experts_per_tok", "blocks.e.top_k", 2),
+        Same("mlp_hidden_act", "blocks.e.activation", "relu2", values=PLAIN),
+        Same("norm_topk_prob", "blocks.e.normalise", True),
+        Same("routed_scaling_factor", "blocks.e.routed_scale", 1.0),
+        Same("moe_shared_expert_intermediate_size", "blocks.e.shared_width", 7688),
+        Always("blocks.e.router", "sigmoid"),
+        Always("blocks.e.bias_rate", 0.001),
+        Fixed("moe_latent_size", None),
+        Fixed("n_group", 1),
+        Fixed("topk_group", 1),
+        Fixed("num_nextn_predict_layers", 0),
         Fixed("mamba_hidden_act", "silu"),
         Fixed("use_bias", False),
         Fixed("use_conv_bias", True),
@@ -94,5 +126,7 @@ FAMILY = Family(
     layers=layers,
     unlayers=unlayers,
     tensors=tensors,
+    limits=limits,
+    free=FREE | {"blocks.e.bias_rate"},  # how fast the biases move in training; that there are some, `limits` says
     tolerated={"blocks.m.dt_min": (None,)},
 )

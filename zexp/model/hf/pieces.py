@@ -1,6 +1,6 @@
 """How tensors of a `transformers` checkpoint make one of ours, and back. No torch: `convert.py` does what is said here.
 
-D model width · I inner width · H heads · P head width · C channels of a convolution · K its width.
+Shapes are (rows, columns) of matrices as torch.nn.Linear has them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from zexp.blocks.attention.spec import Spec as Attention
+from zexp.blocks.mamba1.spec import Spec as Mamba1
 from zexp.blocks.mamba2.spec import Spec as Mamba2
 from zexp.blocks.mlp.spec import Spec as Mlp
+from zexp.blocks.moe.spec import Spec as Moe
 
 Shape = tuple[int, ...]
 
@@ -82,3 +84,54 @@ def mamba2(ours: str, theirs: str, spec: Mamba2, width: int) -> Iterator[Piece]:
         yield same(f"{ours}.{name}", f"{theirs}.{name}", heads)
     yield same(f"{ours}.norm_weight", f"{theirs}.norm.weight", inner)
     yield same(f"{ours}.out_proj.weight", f"{theirs}.out_proj.weight", width, inner)
+
+
+def mamba1(ours: str, theirs: str, spec: Mamba1, width: int) -> Iterator[Piece]:
+    """Of one head; the norms of dt, B and C if the spec has them."""
+    inner, rank, size = spec.inner(width), spec.rank(width), spec.state_size
+    yield from _mamba1_around(ours, theirs, spec, width, None)
+    yield same(f"{ours}.x_proj", f"{theirs}.x_proj.weight", rank + 2 * size, inner)
+    yield same(f"{ours}.dt_proj", f"{theirs}.dt_proj.weight", inner, rank)
+    yield same(f"{ours}.dt_bias", f"{theirs}.dt_proj.bias", inner)
+    yield same(f"{ours}.A_log", f"{theirs}.A_log", inner, size)
+    yield same(f"{ours}.D", f"{theirs}.D", inner)
+    for number, (name, part) in enumerate((("dt", rank), ("b", size), ("c", size)) if spec.inner_norms else ()):
+        yield same(f"{ours}.norms.{number}.weight", f"{theirs}.{name}_layernorm.weight", part)
+
+
+def mamba1_heads(ours: str, theirs: str, spec: Mamba1, width: int) -> Iterator[Piece]:
+    """Zamba's, head by head; the rows of in_proj alternate between x and the gate."""
+    inner, rank, size, heads = spec.inner(width), spec.rank(width), spec.state_size, spec.heads
+    each = inner // heads
+    yield from _mamba1_around(ours, theirs, spec, width, (inner, 2))
+    yield same(f"{ours}.x_proj", f"{theirs}.x_proj_weight", heads, rank + 2 * size, each)
+    yield same(f"{ours}.dt_proj", f"{theirs}.dt_proj_weight", heads, each, rank)
+    yield same(f"{ours}.dt_bias", f"{theirs}.dt_proj_bias", heads, each)
+    yield same(f"{ours}.A_log", f"{theirs}.A_log", heads, each, size)
+    yield same(f"{ours}.D", f"{theirs}.D", heads, each)
+
+
+def _mamba1_around(
+    ours: str, theirs: str, spec: Mamba1, width: int, swapped: tuple[int, int] | None
+) -> Iterator[Piece]:
+    """The projections from and to the residual stream, and the convolution."""
+    inner = spec.inner(width)
+    yield Piece(f"{ours}.in_proj.weight", (Theirs(f"{theirs}.in_proj.weight", (2 * inner, width)),), swapped)
+    yield same(f"{ours}.out_proj.weight", f"{theirs}.out_proj.weight", width, inner)
+    if spec.bias:
+        yield Piece(f"{ours}.in_proj.bias", (Theirs(f"{theirs}.in_proj.bias", (2 * inner,)),), swapped)
+        yield same(f"{ours}.out_proj.bias", f"{theirs}.out_proj.bias", width)
+    yield same(f"{ours}.conv_weight", f"{theirs}.conv1d.weight", inner, 1, spec.conv_width)
+    if spec.conv_bias:
+        yield same(f"{ours}.conv_bias", f"{theirs}.conv1d.bias", inner)
+
+
+def experts(
+    ours: str, theirs: str, spec: Moe, width: int, *, router: str = "gate", up: tuple[str, ...], down: str = "down_proj"
+) -> Iterator[Piece]:
+    """The router, and each expert's matrices. up: the names of what reads the input, the gate first."""
+    yield same(f"{ours}.router.weight", f"{theirs}.{router}.weight", spec.experts, width)
+    each = [f"{theirs}.experts.{number}" for number in range(spec.experts)]
+    rows = tuple(Theirs(f"{one}.{name}.weight", (spec.width, width)) for one in each for name in up)
+    yield Piece(f"{ours}.up", rows)
+    yield Piece(f"{ours}.down", tuple(Theirs(f"{one}.{down}.weight", (width, spec.width)) for one in each))

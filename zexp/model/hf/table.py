@@ -6,7 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from zexp.config.errors import ConfigError
-from zexp.model.hf import bamba, gpt_neox, llama, mamba2, mistral, nemotron_h, zamba2
+from zexp.model.hf import (
+    bamba,
+    gpt_neox,
+    jamba,
+    lfm2,
+    llama,
+    mamba,
+    mamba2,
+    mistral,
+    mixtral,
+    nemotron_h,
+    zamba,
+    zamba2,
+)
 from zexp.model.hf.entries import Unreadable
 from zexp.model.hf.family import Family, Parts
 
@@ -14,9 +27,14 @@ FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     mistral.FAMILY,
     *gpt_neox.FAMILIES,
+    mixtral.FAMILY,
+    mamba.FAMILY,
     mamba2.FAMILY,
+    zamba.FAMILY,
     zamba2.FAMILY,
+    jamba.FAMILY,
     bamba.FAMILY,
+    lfm2.FAMILY,
     nemotron_h.FAMILY,
 )
 

@@ -110,7 +110,13 @@ def tensors(parts: Parts) -> Iterator[Piece]:
     homes = shared(parts, "m", "shared_transformer")
     entered = g.input_width(width)
     for copy, places in enumerate(homes):
-        yield from _copy(f"shared.g.{copy}", places, g.mlp_width, entered, width)
+        ours, qkv = f"shared.g.{copy}", [f"self_attn.{name}_proj" for name in "qkv"]
+        yield tied(f"{ours}.input_norm.weight", places, ["input_layernorm"], entered)
+        yield tied(f"{ours}.mlp_norm.weight", places, ["pre_ff_layernorm"], width)
+        yield tied(f"{ours}.qkv.weight", places, qkv, entered, entered)
+        yield tied(f"{ours}.out.weight", places, ["self_attn.o_proj"], width, entered)
+        yield tied(f"{ours}.up.weight", places, ["feed_forward.gate_up_proj"], 2 * g.mlp_width, width)
+        yield tied(f"{ours}.down.weight", places, ["feed_forward.down_proj"], width, g.mlp_width)
     call = 0
     for index, layer in enumerate(parts.layers):
         ours, old = f"layers.{index}", f"model.layers.{index}"
@@ -130,25 +136,18 @@ def tensors(parts: Parts) -> Iterator[Piece]:
             call += 1
 
 
-def _copy(ours: str, places: list[str], inner: int, entered: int, width: int) -> Iterator[Piece]:
-    yield _tied(f"{ours}.input_norm.weight", places, "input_layernorm.weight", entered)
-    yield _tied(f"{ours}.mlp_norm.weight", places, "pre_ff_layernorm.weight", width)
-    qkv = [_tied("", places, f"self_attn.{name}_proj.weight", entered, entered).theirs[0] for name in "qkv"]
-    yield Piece(f"{ours}.qkv.weight", tuple(qkv))
-    yield _tied(f"{ours}.out.weight", places, "self_attn.o_proj.weight", width, entered)
-    yield _tied(f"{ours}.up.weight", places, "feed_forward.gate_up_proj.weight", 2 * inner, width)
-    yield _tied(f"{ours}.down.weight", places, "feed_forward.down_proj.weight", width, inner)
-
-
 def _adapter(ours: str, places: list[str], at: str, entered: int, rank: int, left: int) -> Iterator[Piece]:
-    yield _tied(f"{ours}.down.weight", places, f"{at}.0.weight", rank, entered)
-    yield _tied(f"{ours}.up.weight", places, f"{at}.1.weight", left, rank)
+    yield tied(f"{ours}.down.weight", places, [f"{at}.0"], rank, entered)
+    yield tied(f"{ours}.up.weight", places, [f"{at}.1"], left, rank)
 
 
-def _tied(ours: str, places: list[str], name: str, *shape: int) -> Piece:
-    """A tensor that all layers of one copy share; written under the first."""
-    first, *others = (f"{place}.{name}" for place in places)
-    return Piece(ours, (Theirs(first, shape, tuple(others)),))
+def tied(ours: str, places: list[str], names: list[str], *shape: int) -> Piece:
+    """Weights, of one shape each, that all layers of one copy share: written under the first of the places."""
+    theirs = []
+    for name in names:
+        first, *others = (f"{place}.{name}.weight" for place in places)
+        theirs.append(Theirs(first, shape, tuple(others)))
+    return Piece(ours, tuple(theirs))
 
 
 _layers, _unlayers = hybrid("m")
