@@ -4,10 +4,13 @@ The architecture as written gives the shape. At another model width, heads keep 
 inner widths (SCALED_WIDTHS) keep their ratio to the model width, and everything else stays as it is written: layers, state
 sizes, ranks, groups, experts. Model widths are multiples of 8 at which every block is legal. Of these the nearest to
 the target is taken; then all inner widths are changed by one factor, in steps of 8 (or of 1, where 8 are too coarse).
+Where no such size is within 1 %, the multiples of 8 between two of these widths are tried, with the number of heads that is
+legal there and nearest to the ratio.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -62,7 +65,7 @@ class Match:
         sizes = ", ".join(f"{key} {old} → {new}" for key, (old, new) in self.changed.items() if old != new)
         side = "above" if self.residual >= 0 else "below"
         return (
-            f"arch.match: {sizes or 'the sizes as written'}; {self.found:,.0f} {_say(self.quantity)}, "
+            f"{sizes or 'the sizes as written'}; {self.found:,.0f} {_say(self.quantity)}, "
             f"{abs(self.residual):.2%} {side} {self.target:,}."
         )
 
@@ -152,7 +155,7 @@ class _Search:
     def solve(self) -> tuple[dict[str, Any], Match]:
         """The nearest size of the nearest width from which the target can be met. Raises ConfigError if none can."""
         tried: list[_Size] = []
-        for width in self._nearest_widths():
+        for width in (*self._nearest_widths(), *self._between()):
             best = self._solved(width, tried)
             if abs(best.value / self.target - 1) <= TOLERANCE:
                 written = self._written_sizes()
@@ -178,10 +181,22 @@ class _Search:
 
     def _legal(self, width: int) -> bool:
         for spec in self.specs.values():
-            heads = _heads(spec, self.arch["width"], width)
+            heads = _same_heads(spec, self.arch["width"], width)
             if heads is None or replace(spec, **heads).problems(width, ""):
                 return False
         return True
+
+    def _between(self) -> Iterator[int]:
+        """Widths between the two of `widths` around the target, at which heads change their own width; nearest first."""
+        above = self._above
+        low = self.widths[above - 1] if above else 0
+        high = self.widths[above] if above < len(self.widths) else low
+        legal = [
+            width
+            for width in range(low + STEP, high, STEP)
+            if all(_heads(spec, self.arch["width"], width) is not None for spec in self.specs.values())
+        ]
+        yield from self._by_distance(legal)
 
     def _written_sizes(self) -> dict[str, int]:
         sizes = {"arch.width": self.arch["width"]}
@@ -206,17 +221,24 @@ class _Search:
         model = resolve_model({**self.arch, "width": width, "blocks": tables}, self.vocab_size)
         return _Size(model, chosen, self.measure(model))
 
-    def _nearest_widths(self) -> list[int]:
-        """Widths around the target, the one first whose own inner widths come nearest to it."""
+    @cached_property
+    def _above(self) -> int:
+        """Which of `widths` is the first whose size is above the target."""
         low, high = 0, len(self.widths)
-        while low < high:  # the first width that is above the target
+        while low < high:
             middle = (low + high) // 2
             if self._at(self.widths[middle], 1.0, STEP).value > self.target:
                 high = middle
             else:
                 low = middle + 1
-        near = self.widths[max(0, low - NEIGHBOURS) : low + NEIGHBOURS]
-        return sorted(near, key=lambda width: abs(math.log(self._at(width, 1.0, STEP).value / self.target)))
+        return low
+
+    def _nearest_widths(self) -> list[int]:
+        """Widths around the target, the one first whose own inner widths come nearest to it."""
+        return self._by_distance(self.widths[max(0, self._above - NEIGHBOURS) : self._above + NEIGHBOURS])
+
+    def _by_distance(self, widths: list[int]) -> list[int]:
+        return sorted(widths, key=lambda width: abs(math.log(self._at(width, 1.0, STEP).value / self.target)))
 
     def _solved(self, width: int, tried: list[_Size]) -> _Size:
         """The size of that width that is nearest to the target."""
@@ -256,8 +278,8 @@ class _Search:
                 keys = ", ".join(f"{key}={value}" for key, value in size.chosen.items())
                 text += f"\n  {size.value:,.0f} {_say(self.quantity)} ({size.value / self.target - 1:+.1%}): {keys}."
         legal = self.widths
-        steps = f"Widths go in steps of {legal[1] - legal[0]}" if len(legal) > 1 else "There is one width"
-        return f"{text}\n  {steps} here. {self._advice(below is None)}"
+        steps = f"Widths go in steps of {legal[1] - legal[0]} here. " if len(legal) > 1 else ""
+        return f"{text}\n  {steps}{self._advice(below is None)}"
 
     def _advice(self, too_small: bool) -> str:
         if too_small:
@@ -270,14 +292,31 @@ class _Search:
         return f"Take one of these sizes as the target, or {', or '.join(ways)}."
 
 
-def _heads(spec: BlockSpec, width: int, wanted: int) -> dict[str, int] | None:
+def _same_heads(spec: BlockSpec, width: int, wanted: int) -> dict[str, int] | None:
     """The counts of heads at the wanted width, each head as wide as it is; one head stays one. None if they do not divide."""
-    found: dict[str, int] = {}
-    for key in spec.SCALED_HEADS:
-        count = getattr(spec, key)
-        if count is None or count == 1:
-            continue
-        if count * wanted % width:
-            return None
-        found[key] = count * wanted // width
-    return found
+    counts = _counts(spec)
+    if any(count * wanted % width for count in counts.values()):
+        return None
+    return {key: count * wanted // width for key, count in counts.items()}
+
+
+def _heads(spec: BlockSpec, width: int, wanted: int) -> dict[str, int] | None:
+    """The same, or else the legal counts nearest to the ratio of the widths; None if there are none within a factor of 2."""
+    same = _same_heads(spec, width, wanted)
+    if same is not None and not replace(spec, **same).problems(wanted, ""):
+        return same
+    ideal = {key: count * wanted / width for key, count in _counts(spec).items()}
+    ranges = [range(max(1, math.ceil(count / 2)), math.floor(count * 2) + 1) for count in ideal.values()]
+    found: tuple[float, dict[str, int]] | None = None
+    for counts in itertools.product(*ranges):
+        chosen = dict(zip(ideal, counts, strict=True))
+        far = sum(abs(math.log(count / ideal[key])) for key, count in chosen.items())
+        if (found is None or far < found[0]) and not replace(spec, **chosen).problems(wanted, ""):
+            found = far, chosen
+    return None if found is None else found[1]
+
+
+def _counts(spec: BlockSpec) -> dict[str, int]:
+    """The numbers of heads that change with the width."""
+    written = {key: getattr(spec, key) for key in spec.SCALED_HEADS}
+    return {key: count for key, count in written.items() if count is not None and count > 1}

@@ -47,7 +47,7 @@ class Arch:
     logit_softcap: Optional[float] = semantic(None, absent=None)  # c: logits become c · tanh(logits / c); null = not
     vocab_size: Optional[int] = semantic(None, absent=None)  # rows of the embedding; null = the tokenizer's
     blocks: dict[str, Any] = semantic(factory=dict)  # letter -> that block's keys
-    match: Optional[dict[str, Any]] = semantic(None, absent=None)  # {parameters: 10M}: width and MLP widths are solved for
+    match: Any = semantic(None, absent=None)  # {parameters: 10M}: width and MLP widths are solved for
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
 from zexp.config.schema import Run
 from zexp.study.resolve import Composed, layout_of, run_of
+from zexp.study.variants import row_of
 
 ELEMENT_BYTES = 2  # of weights and caches in decoding: bf16
 
@@ -30,7 +31,7 @@ def describe(composed: Sequence[Composed], budget: Budget | None = None) -> list
     answers: list[dict[str, Any]] = []
     for one in composed:
         try:
-            answer = _describe(one.choices.get("arch"), run_of(one.config), budget, problems)
+            answer = _describe(_name(one), one.choices.get("arch"), run_of(one.config), budget, problems)
         except ConfigError as error:
             problems.extend(error.problems)
             continue
@@ -40,7 +41,21 @@ def describe(composed: Sequence[Composed], budget: Budget | None = None) -> list
     return answers
 
 
-def _describe(name: str | None, run: Run, budget: Budget | None, problems: Problems) -> dict[str, Any] | None:
+def _name(one: Composed) -> str:
+    """The architecture with the values of those axes that change what it costs."""
+    axes = {
+        key: value
+        for key, value in one.axes.items()
+        if key in ("arch", "seq_len", "precision", "parallelism", "scale")
+        or key.startswith(("arch.", "parallelism.", "execution.", "corpus.tokenizer."))
+    }
+    arch = one.choices.get("arch") or "arch"
+    return row_of(axes if "arch" in axes else {"arch": arch, **axes}, arch, None)
+
+
+def _describe(
+    name: str, arch: str | None, run: Run, budget: Budget | None, problems: Problems
+) -> dict[str, Any] | None:
     layout = layout_of(run) if budget is None else _budgeted(layout_of(run), budget, problems)
     precision = run.precision if budget is None else {"tf32": "fp32", "fp32": "fp32"}.get(budget.peak, "bf16")
     found = len(problems.texts)
@@ -67,7 +82,8 @@ def _describe(name: str | None, run: Run, budget: Budget | None, problems: Probl
     )
     parameters, flops = calc.parameters(model), calc.flops_per_token(model, run.seq_len)
     answer = {
-        "arch": name,
+        "arch": arch,
+        "name": name,
         "seq_len": run.seq_len,
         "vocab_size": model["vocab_size"],
         "width": model["width"],

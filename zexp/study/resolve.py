@@ -399,7 +399,8 @@ def _check_execution(run: Run, problems: Problems) -> None:
     if run.execution.micro_batch <= 0:
         problems.add(f"execution.micro_batch = {run.execution.micro_batch} must be above 0.")
     layout = layout_of(run)
-    problems.extend(layout.problems(None))
+    illegal = layout.problems(None)
+    problems.extend(illegal)
     for key, value, alone in (
         ("data", layout.data, 1),
         ("zero", layout.zero, 0),
@@ -407,7 +408,7 @@ def _check_execution(run: Run, problems: Problems) -> None:
         ("expert", layout.expert, 1),
         ("activation_checkpointing", layout.checkpointing, "none"),
     ):
-        if value != alone:
+        if value != alone and not illegal:
             problems.add(
                 f"parallelism.{key} = {value}: a training runs on one device so far, without it; `zexp calc` counts such a "
                 f"layout.\n  Set parallelism.{key} to {alone}."

@@ -50,7 +50,7 @@ def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, *, as_json: boo
             nodes[stage.id] = parent.add(_segment_line(stage, scored.get(stage.id, [])))
     console.print(tree)
     _print_ledger(console, the_plan, store)
-    for line in dict.fromkeys(f"{v.arch}: {v.match.line()}" for v in the_plan.variants if v.match is not None):
+    for line in dict.fromkeys(f"{v.arch} matched: {v.match.line()}" for v in the_plan.variants if v.match is not None):
         console.print(line)
     console.print(_summary(the_plan))
     console.print("Nothing was started.")

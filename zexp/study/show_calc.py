@@ -28,7 +28,7 @@ def calc(composed: Sequence[Composed], budget: Budget | None, *, as_json: bool) 
     console = Console(highlight=False)
     for answer in answers:
         if answer["match"] is not None:
-            console.print(f"{answer['arch']}: {answer['match']['line']}")
+            console.print(f"{answer['name']} matched: {answer['match']['line']}")
     if len(answers) > 1:
         _print_side_by_side(answers, console)
         return 0
@@ -128,15 +128,16 @@ def _print_budget(answer: dict[str, Any], console: Console) -> None:
 def _print_side_by_side(answers: Sequence[dict[str, Any]], console: Console) -> None:
     """Architectures as columns where they fit, else as rows with fewer figures."""
     seq_lens = {answer["seq_len"] for answer in answers}
-    names = [f"{answer['arch']}" + (f"@{answer['seq_len']}" if len(seq_lens) > 1 else "") for answer in answers]
-    figures = [_compared(answer) for answer in answers]
+    names = [answer["name"] for answer in answers]
+    lengths = [{row["context"] for row in answer["memory"]["inference"]["contexts"]} for answer in answers]
+    figures = [_compared(answer, set.intersection(*lengths)) for answer in answers]
     shared = f"Sequence length {seq_lens.pop()}" if len(seq_lens) == 1 else "Each at its sequence length"
     training = answers[0]["memory"]["training"]
     console.print(f"{shared}; training memory: {_layout(training)}; decoding in bf16", style="bold")
-    if LABELS + COLUMN * len(answers) <= console.width:
+    if LABELS + max(COLUMN, *(len(name) + 2 for name in names)) * len(answers) <= console.width:
         table = _table("", *names)
         for label in figures[0]:
-            table.add_row(label, *(figure.get(label, "") for figure in figures))
+            table.add_row(label, *(figure[label] for figure in figures))
         console.print(table)
         return
     short = {"parameters": "parameters", "training FLOPs/token": "train/token", "training memory": "training"}
@@ -152,7 +153,8 @@ def _print_side_by_side(answers: Sequence[dict[str, Any]], console: Console) -> 
     console.print(table)
 
 
-def _compared(answer: dict[str, Any]) -> dict[str, str]:
+def _compared(answer: dict[str, Any], contexts: set[int]) -> dict[str, str]:
+    """Every figure of the comparison by its label. contexts: those that all of the compared have."""
     parameters, flops = answer["parameters"], answer["flops_per_token"]
     training, inference = answer["memory"]["training"], answer["memory"]["inference"]
     figures = {
@@ -169,13 +171,12 @@ def _compared(answer: dict[str, Any]) -> dict[str, str]:
         "KV/token": say_bytes(inference["kv_bytes_per_token"]),
         "state": say_bytes(inference["state_bytes"]),
     }
-    for row in inference["contexts"]:
-        context = row["context"]
-        figures[f"with weights at {context}"] = say_bytes(row["total"])
-    for row in inference["contexts"]:
-        context = row["context"]
-        figures[f"decode FLOPs at {context}"] = say_flops(row["flops"])
-    for row in inference["contexts"]:
+    rows = [row for row in inference["contexts"] if row["context"] in contexts]
+    for row in rows:
+        figures[f"with weights at {row['context']}"] = say_bytes(row["total"])
+    for row in rows:
+        figures[f"decode FLOPs at {row['context']}"] = say_flops(row["flops"])
+    for row in rows:
         figures[f"bytes read at {row['context']}"] = say_bytes(row["bytes"])
     if "budget" in answer:
         budget = answer["budget"]

@@ -26,6 +26,8 @@ class Spec(BlockSpec):
     NAME: ClassVar[str] = "kan"
     NUMERICS: ClassVar[dict[str, int]] = {"block.kan": 1, "kernel.activation": 1, "kernel.bspline": 1}
 
+    SCALED_WIDTHS: ClassVar[tuple[str, ...]] = ("width",)
+
     width: int
     grid: int = 5
     order: int = 3

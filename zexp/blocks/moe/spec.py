@@ -46,6 +46,9 @@ class Spec(BlockSpec):
     NAME: ClassVar[str] = "moe"
     NUMERICS: ClassVar[dict[str, int]] = {"block.moe": 1, "kernel.activation": 1, "kernel.moe": 1}
 
+    SCALED_WIDTHS: ClassVar[tuple[str, ...]] = ("width", "shared_width")
+    BF16_SAVED: ClassVar[float] = 3.0
+
     width: int
     experts: int = 8
     top_k: int = 2
@@ -118,6 +121,19 @@ class Spec(BlockSpec):
 
     def matmul_flops(self, width: int) -> float:
         return 2 * (self.active_parameters(width) - self.experts * self.router_bias)
+
+    def expert_parameters(self, width: int) -> int:
+        return self.experts * self._matrices(width, self.width)
+
+    def expert_divides(self) -> dict[str, int]:
+        return {"experts": self.experts}
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"width": self.width} | ({"shared_width": self.shared_width} if self.shared_width else {})
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        cut = self.expert_parameters(width) + self._matrices(width, self.shared_width)
+        return self.parameters(width) - cut + cut // degree
 
     def saved_elements(self, width: int, seq_len: int) -> float:
         parts = 2 if self.gated else 1

@@ -42,6 +42,8 @@ class Spec(BlockSpec):
         "kernel.wkv7": 1,
     }
 
+    BF16_SAVED: ClassVar[float] = 3.3
+
     head_dim: int = 64
     lora_rank: LoraRank = field(default_factory=LoraRank)
 
@@ -76,6 +78,10 @@ class Spec(BlockSpec):
         # Multiply-adds a head: in the chunk, with its state, from state to state, the triangular inverse.
         scan = 10 * q * n + 4 * n * n + n**3 / q + q * q / 3
         return self.matmul_flops(width) + 2 * self.heads(width) * scan
+
+    def decode_flops(self, width: int, context: int) -> float:
+        # Forgetting (one), removing (a product with the state and an outer one), writing and reading it (two each).
+        return self.matmul_flops(width) + 9 * width * self.head_dim
 
     def matmul_flops(self, width: int) -> float:
         return 2 * (4 * width * width + 2 * width * self.ranks)
