@@ -36,6 +36,10 @@ class Spec(BlockSpec):
         "kernel.gated_delta": 1,
         "kernel.head_norm": 1,
     }
+    SCALED_HEADS: ClassVar[tuple[str, ...]] = ("key_heads", "value_heads")
+    BF16_SAVED: ClassVar[float] = 3.6
+
+    SCALED_HEADS: ClassVar[tuple[str, ...]] = ("key_heads", "value_heads")
 
     key_heads: int
     value_heads: int | None = None
@@ -101,9 +105,35 @@ class Spec(BlockSpec):
         between = 6 * state + 2 * state / q
         return self.matmul_flops(width) + 2 * self.conv_width * self.splits(width)[0] + inside + between
 
+    def decode_flops(self, width: int, context: int) -> float:
+        # Forgetting, what the state holds for the key (two), writing (two) and reading (two).
+        _, keys, heads, values = self.sizes(width)
+        conv = 2 * self.conv_width * self.splits(width)[0]
+        return self.matmul_flops(width) + conv + 7 * heads * keys * values
+
+    def decode_flops(self, width: int, context: int) -> float:
+        _, keys, heads, values = self.sizes(width)
+        # Forgetting (one), what the state holds for the key, writing and reading (two each).
+        return self.matmul_flops(width) + 2 * self.conv_width * self.splits(width)[0] + 7 * heads * keys * values
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        groups, _, heads, _ = self.sizes(width)
+        return {"key_heads": groups, "value_heads": heads}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        whole = self.sizes(width)[3]  # the norm's weight, which all heads share
+        return (self.parameters(width) - whole) // degree + whole
+
     def matmul_flops(self, width: int) -> float:
         _, _, heads, values = self.sizes(width)
         return 2 * width * (sum(self.splits(width)) + heads * values)
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"key_heads": self.key_heads}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        whole = self.sizes(width)[3]  # the norm's weight, which all heads share
+        return (self.parameters(width) - whole) // degree + whole
 
     def saved_elements(self, width: int, seq_len: int) -> float:
         _, keys, heads, values = self.sizes(width)

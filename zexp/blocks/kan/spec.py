@@ -56,5 +56,11 @@ class Spec(BlockSpec):
     def matmul_flops(self, width: int) -> float:
         return 4 * width * self.width * self.planes
 
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"width": self.width}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        return self.parameters(width) // degree
+
     def saved_elements(self, width: int, seq_len: int) -> float:
         return width + self.width  # the inputs of both layers; their bases are made again

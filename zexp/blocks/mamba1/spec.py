@@ -76,6 +76,14 @@ class Spec(BlockSpec):
         inner, rank = self.inner(width), self.rank(width)
         return 6 * inner * width + 2 * inner * (rank + 2 * self.state_size) + 2 * rank * inner
 
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"heads": self.heads} if self.heads > 1 else {"inner width": self.inner(width)}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        # The inner channels are cut; dt, B and C of a head are sums over all of them, and their norms are whole.
+        whole = self.bias * width + self.inner_norms * (self.rank(width) + 2 * self.state_size)
+        return (self.parameters(width) - whole) // degree + whole
+
     def saved_elements(self, width: int, seq_len: int) -> float:
         inner, rank, size = self.inner(width), self.rank(width), self.state_size
         convolved = 3 * inner  # before it, its sigmoid, after it

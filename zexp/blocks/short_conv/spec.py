@@ -19,6 +19,7 @@ class Spec(BlockSpec):
     ROLE: ClassVar[Role] = "mixer"
     NAME: ClassVar[str] = "short_conv"
     NUMERICS: ClassVar[dict[str, int]] = {"block.short_conv": 1, "kernel.causal_conv1d": 1}
+    BF16_SAVED: ClassVar[float] = 2.0
 
     conv_width: int = 3
     bias: bool = False
@@ -34,6 +35,20 @@ class Spec(BlockSpec):
 
     def matmul_flops(self, width: int) -> float:
         return 8 * width * width
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"width": width}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        whole = self.bias * width  # the last matrix's bias, which is added once the parts are
+        return (self.parameters(width) - whole) // degree + whole
+
+    def tensor_divides(self, width: int) -> dict[str, int] | None:
+        return {"channels": width}
+
+    def tensor_parameters(self, width: int, degree: int) -> int:
+        whole = self.bias * width  # of the last matrix
+        return (self.parameters(width) - whole) // degree + whole
 
     def saved_elements(self, width: int, seq_len: int) -> float:
         # The normed input; B, C, x; their product before and after the convolution; what the last matrix reads.
