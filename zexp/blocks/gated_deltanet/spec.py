@@ -39,8 +39,6 @@ class Spec(BlockSpec):
     SCALED_HEADS: ClassVar[tuple[str, ...]] = ("key_heads", "value_heads")
     BF16_SAVED: ClassVar[float] = 3.6
 
-    SCALED_HEADS: ClassVar[tuple[str, ...]] = ("key_heads", "value_heads")
-
     key_heads: int
     value_heads: int | None = None
     key_head_dim: int | None = None
@@ -110,19 +108,6 @@ class Spec(BlockSpec):
         _, keys, heads, values = self.sizes(width)
         conv = 2 * self.conv_width * self.splits(width)[0]
         return self.matmul_flops(width) + conv + 7 * heads * keys * values
-
-    def decode_flops(self, width: int, context: int) -> float:
-        _, keys, heads, values = self.sizes(width)
-        # Forgetting (one), what the state holds for the key, writing and reading (two each).
-        return self.matmul_flops(width) + 2 * self.conv_width * self.splits(width)[0] + 7 * heads * keys * values
-
-    def tensor_divides(self, width: int) -> dict[str, int] | None:
-        groups, _, heads, _ = self.sizes(width)
-        return {"key_heads": groups, "value_heads": heads}
-
-    def tensor_parameters(self, width: int, degree: int) -> int:
-        whole = self.sizes(width)[3]  # the norm's weight, which all heads share
-        return (self.parameters(width) - whole) // degree + whole
 
     def matmul_flops(self, width: int) -> float:
         _, _, heads, values = self.sizes(width)

@@ -43,13 +43,6 @@ class Spec(BlockSpec):
         whole = self.bias * width  # the last matrix's bias, which is added once the parts are
         return (self.parameters(width) - whole) // degree + whole
 
-    def tensor_divides(self, width: int) -> dict[str, int] | None:
-        return {"channels": width}
-
-    def tensor_parameters(self, width: int, degree: int) -> int:
-        whole = self.bias * width  # of the last matrix
-        return (self.parameters(width) - whole) // degree + whole
-
     def saved_elements(self, width: int, seq_len: int) -> float:
         # The normed input; B, C, x; their product before and after the convolution; what the last matrix reads.
         return 7 * width
