@@ -97,8 +97,8 @@ HARD = {
     "writes nothing": lambda g, beta: (g, beta * 0),
     "turns its sign": lambda g, beta: (g * 0, torch.full_like(beta, 2.0)),
 }
-# Summed log-decays of a chunk reach -64000, where fp32 resolves 0.004. A state that is turned 300 times and forgets nothing
-# keeps every rounding (the recurrence in fp32 is 1e-5 off).
+# Summed log-decays of a chunk reach -64000, where fp32 resolves 0.004. A state that is turned 300 times and forgets
+# nothing keeps every rounding (the recurrence in fp32 is 1e-5 off).
 BOUNDS = {"forgets at once": 1e-3, "turns its sign": 1e-4}
 
 
@@ -139,4 +139,6 @@ def test_bf16_inputs_are_mixed_in_fp32():
         out = gated_delta(*low, chunk=16)
     truth, _ = reference.gated_delta(*(tensor.float() for tensor in low))
     assert out.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(gated_delta(*(x.requires_grad_() for x in low), chunk=16).sum(), low)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in gradients)
     torch.testing.assert_close(out.float(), truth, rtol=2**-8, atol=1e-5)  # one rounding, of the output

@@ -14,8 +14,8 @@ vector grows, and k_s.
 
 - Chunks are gone through in order, so that what is made of one stays in the cache. Only the states between them are
   kept: the backward pass makes the rest again.
-- Decays are exponentials of differences, at most 1, also where a mask switches them off. Documents are switched off in the decays, thus in A and its inverse,
-  and c starts again at each: so no bit of a document or of its gradient depends on another.
+- Decays are exponentials of differences, at most 1, also where a mask switches them off. Documents are switched off in
+  the decays, thus in A and its inverse, and c starts again at each: a document shares no rounding with another.
 - The gradient with respect to c needs no Q × Q array of its own: all that position t reads has the factor exp(c_t), all
   that it writes exp(-c_t), and the leaving state exp(c_Q).
 """
@@ -47,15 +47,14 @@ def gated_delta(
 ) -> Tensor:
     """y_t = S_t^T q_t / sqrt(N), (B, T, H, P), in v's dtype; arithmetic in fp32 at least.
 
-    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T with q and k divided by their length, x / sqrt(|x|^2 +
-    1e-6). Key head i serves the value heads i·J to i·J + J - 1. g: log-decay, at most 0. beta: from 0 to 2.
+    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T with q and k divided by their length,
+    x / sqrt(|x|^2 + 1e-6). Key head i serves the value heads i·J to i·J + J - 1. g: log-decay, at most 0. beta: 0 to 2.
     chunk: Q, any; the last chunk of a row may be shorter. documents: the state is zero before every document.
     Source: gated DeltaNet (arXiv:2412.06464), eq. (10), where S is transposed.
     """
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        inputs = (at_least_fp32(tensor) for tensor in (q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH))
         ids = None if documents is None else documents.ids_BT
-        return _GatedDelta.apply(*inputs, chunk, ids).to(v_BTHP.dtype)
+        return _GatedDelta.apply(q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, chunk, ids).to(v_BTHP.dtype)
 
 
 @torch.no_grad()
@@ -75,10 +74,10 @@ def gated_delta_continue(
     """
     dtype = v_BTHP.dtype
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        q, k, v, g, beta = (at_least_fp32(tensor) for tensor in (q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH))
-        if v.shape[1] > 1:
-            y_BTHP, _, state = _forward(q, k, v, g, beta, chunk, None, state_BGNI)
+        if v_BTHP.shape[1] > 1:
+            y_BTHP, _, state = _forward(q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, chunk, None, state_BGNI)
             return y_BTHP.to(dtype), state
+        q, k, v, g, beta = (at_least_fp32(tensor) for tensor in (q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH))
         shape = (k.shape[2], v.shape[2] // k.shape[2])  # (G, J)
         q_BG1N, k_BG1N = (tensor.transpose(1, 2) * _inverse_length(tensor.transpose(1, 2)) for tensor in (q, k))
         v_BGJP, g_BGJ1, beta_BGJ1 = (
@@ -155,8 +154,8 @@ def _parts(length: int, chunk: int) -> list[slice]:
 
 
 def _heads(tensor_BTHP: Tensor, at: slice, groups: int) -> Tensor:
-    """(B, T, H, P) at some positions as (B, G, J, Q, P), contiguous."""
-    return tensor_BTHP[:, at].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
+    """(B, T, H, P) at some positions as (B, G, J, Q, P), contiguous and in fp32 at least."""
+    return at_least_fp32(tensor_BTHP[:, at].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous())
 
 
 def _side_by_side(heads: Tensor) -> Tensor:
@@ -171,7 +170,7 @@ def _apart(columns: Tensor, heads: int) -> Tensor:
 
 def _inputs(q_BTGN: Tensor, k_BTGN: Tensor, v_BTHP: Tensor, beta_BTH: Tensor, at: slice) -> _Inputs:
     groups, keys = k_BTGN.shape[2:]
-    q, k = (tensor[:, at].transpose(1, 2).contiguous() for tensor in (q_BTGN, k_BTGN))
+    q, k = (at_least_fp32(tensor[:, at].transpose(1, 2).contiguous()) for tensor in (q_BTGN, k_BTGN))
     q_inverse, k_inverse = _inverse_length(q), _inverse_length(k)
     beta = _heads(beta_BTH[..., None], at, groups)
     return _Inputs(q * (q_inverse * keys**-0.5), k * k_inverse, _heads(v_BTHP, at, groups), beta, q_inverse, k_inverse)
@@ -188,7 +187,7 @@ def _chunk(inputs: _Inputs, g_BTH: Tensor, at: slice, ids_BT: Tensor | None) -> 
     q, k = inputs.q, inputs.k
     masks = None if ids_BT is None else ChunkMasks(*(mask[:, :, None] for mask in chunk_masks(ids_BT, at, k.dtype)))
     sums = _sums(k, masks)
-    cum = _heads(torch.matmul(sums, g_BTH[:, at])[..., None], slice(None), k.shape[1])
+    cum = _heads(torch.matmul(sums, at_least_fp32(g_BTH[:, at]))[..., None], slice(None), k.shape[1])
     end = cum[..., -1:, :]
     decays = (cum - cum.mT).clamp_(max=0).exp_()
     entry, exits, carry = cum.exp(), (end - cum).clamp_(max=0).exp_(), end.exp().transpose(2, 3)
@@ -225,7 +224,7 @@ def _forward(
     state: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Outputs, the state that enters each chunk but the first, and the last one. state: before the row, None = zero."""
-    y_BTHP = torch.empty_like(v_BTHP, memory_format=torch.contiguous_format)
+    y_BTHP = at_least_fp32(torch.empty_like(v_BTHP, memory_format=torch.contiguous_format))
     y_BTGJP = y_BTHP.unflatten(2, (k_BTGN.shape[2], -1))
     entering: list[Tensor] = []
     for at in _parts(v_BTHP.shape[1], chunk):
