@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def test_decoding_in_any_pieces_equals_the_full_forward(arch, seed, cuts):
         full = model.logits(model(drawn))
     edges = sorted({0, *cuts, drawn.shape[1]})
     cache = model.new_cache(batch=2)
-    parts = [model.decode(drawn[:, a:b], cache) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [model.decode(drawn[:, a:b], cache) for a, b in itertools.pairwise(edges)]
     torch.testing.assert_close(model.logits(torch.cat(parts, dim=1)), full, rtol=1e-6, atol=1e-7)
 
 
@@ -68,7 +69,7 @@ def test_packed_documents_equal_separate_ones(arch, seed, cuts):
     model = spread(build(resolve_model(arch, VOCAB), seed=seed)).eval()
     drawn = tokens(batch=1)
     edges = sorted({0, *cuts, drawn.shape[1]})
-    sizes = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    sizes = [b - a for a, b in itertools.pairwise(edges)]
     ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[None]
     labels = drawn.roll(-1, 1)
     packed = model(drawn, ids)
