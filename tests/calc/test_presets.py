@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -183,7 +184,7 @@ def test_products_with_weights_are_those_that_torch_counts(name):
 def test_a_token_costs_no_less_with_more_context(name):
     rows = described(name)["memory"]["inference"]["contexts"]
     grows = any(spec.kv_bytes_per_token(1, 1) for spec in specs_of(resolved(name)).values())
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         assert (after["flops"] > before["flops"]) == grows
         assert (after["cache"] > before["cache"]) or not grows
 

@@ -113,14 +113,15 @@ class Spec(BlockSpec):
         inner, heads, channels = self.inner(width), self.heads(width), self.conv_channels(width)
         q, shared = min(self.chunk, seq_len), self.groups * self.state_size
         convolved = 3 * channels  # before it, its sigmoid, after it
-        # dt before and after its softplus and with its bias; summed decays, entry and exit weights.
-        scan = 6 * heads + self.state_size * inner / q + self.groups * q + inner
-        if seq_len % q:  # the inputs are copied to whole chunks
-            scan += inner + 2 * shared + heads
+        # Summed decays, entry and exit weights; states; scores; y. All of whole chunks, to which the inputs are copied.
+        padded = -(-seq_len // q) * q / seq_len
+        copies = inner + 2 * shared + heads if padded > 1 else 0
+        scan = padded * (3 * heads + self.state_size * inner / q + self.groups * q + inner + copies)
+        steps = (2 if padded > 1 else 3) * heads  # dt before and after its softplus and with its bias
         clamped = heads * (self.dt_min is not None or self.dt_max is not None)
         # z, its sigmoid (or silu, and the norm's halves), the normed, and what the last matrix reads.
         gated = (5 if self.norm_before_gate else 4) * inner + self.groups
-        return width + convolved + scan + clamped + gated
+        return width + convolved + scan + steps + clamped + gated
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
         return (self.inner(width) * self.state_size + self.conv_channels(width) * self.conv_width) * element_bytes
