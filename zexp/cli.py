@@ -16,6 +16,8 @@ zexp: which hybrid language model, and which annealing recipe? Studies as trees 
   zexp calc [--json] [overrides]    parameters, FLOPs per token and memory of an architecture, per block
   zexp calc budget gpus=64 days=14 device=h100 [overrides]    what it can be trained on in that time
   zexp logs STAGE|STUDY/VARIANT     the log of a stage's last attempt
+  zexp export RUN --hf DIR      a trained model as transformers loads it (--safetensors DIR: any model)
+  zexp sample RUN "prompt"      text that a trained model writes
   zexp init DIR                 a small folder of your own: an architecture, a mix over local text, a study
 
 Overrides are Hydra's:      zexp run arch=zamba2_tiny anneal=replay60
@@ -27,7 +29,7 @@ Exit codes: 0 all done · 1 a stage failed or diverged · 2 the request was wron
 """
 
 HYDRA_VERBS = ("run", "plan", "calc")
-OTHER_VERBS = ("status", "report", "logs", "init")
+OTHER_VERBS = ("status", "report", "logs", "export", "sample", "init")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The verbs that compose nothing: status, report, logs, init. None of them imports torch."""
+"""The verbs that compose nothing. None imports torch but export and sample, and these after the request was checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 
 from zexp.config.errors import ConfigError
 from zexp.store import files
-from zexp.store.folder import StageFolder, Store
+from zexp.store.folder import Store
+from zexp.study import names
+
+RUN = "a variant's name, STUDY/VARIANT, the beginning of a stage's id (perhaps with @tokens), or a folder of the store"
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -19,30 +22,9 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _studies(store: Store) -> list[str]:
-    folder = store.root / "studies"
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if (path / "variants.json").is_file())
-
-
 def studies() -> list[str]:
     """The studies of the store that the environment or the working directory names."""
-    return _studies(Store(Path(os.environ.get("ZEXP_STORE", "store"))))
-
-
-def _study(store: Store, name: str) -> str:
-    """The study of that name. Raises ConfigError listing those that there are."""
-    known = _studies(store)
-    if name in known:
-        return name
-    near = [study for study in known if study.startswith(name)]
-    if len(near) == 1:
-        return near[0]
-    raise ConfigError(
-        f"{name!r} is no study of the store {store.root}. "
-        + (f"There are: {', '.join(near or known)}." if known else "It has none yet: zexp run +sweeps=quickstart")
-    )
+    return names.studies(Store(Path(os.environ.get("ZEXP_STORE", "store"))))
 
 
 def status(arguments: list[str]) -> int:
@@ -57,9 +39,9 @@ def status(arguments: list[str]) -> int:
     from zexp.report.status import folder_of, read_stages
 
     store = Store(Path(options.store))
-    names = [_study(store, options.study)] if options.study else _studies(store)
+    shown = [names.study(store, options.study)] if options.study else names.studies(store)
     answer = {}
-    for name in names:
+    for name in shown:
         planned = files.read_json(store.study(name) / "variants.json")["stages"]
         answer[name] = [
             {"id": s.id, "kind": s.kind, "label": s.label, "folder": s.folder, "status": s.status, "reason": s.reason}
@@ -70,19 +52,19 @@ def status(arguments: list[str]) -> int:
         print(json.dumps({"store": str(store.root), "studies": answer}))
         return 0
     console = Console(highlight=False)
-    if not names:
+    if not shown:
         console.print(f"No studies in {store.root}. To begin: zexp run +sweeps=quickstart")
         return 0
     table = Table(box=None, pad_edge=False)
     if options.study:
         for column in ("stage", "kind", "what", "status", ""):
             table.add_column(column, overflow="fold")
-        for stage in answer[names[0]]:
+        for stage in answer[shown[0]]:
             table.add_row(*(stage[key] for key in ("id", "kind", "label", "status", "reason")))
     else:
         for column in ("study", "stages", "done", "running", "failed", "diverged"):
             table.add_column(column, justify="left" if column == "study" else "right", overflow="fold")
-        for name in names:
+        for name in shown:
             found = [stage["status"] for stage in answer[name]]
             counts = (str(found.count(word)) for word in ("done", "running", "failed", "diverged"))
             table.add_row(name, str(len(found)), *counts)
@@ -101,7 +83,7 @@ def report(arguments: list[str]) -> int:
     from zexp import report as reports
 
     store = Store(Path(options.store))
-    made = reports.build(store.root, _study(store, options.study))
+    made = reports.build(store.root, names.study(store, options.study))
     paths = reports.write(made)
     if options.json:
         print(json.dumps(made.to_json()))
@@ -118,7 +100,7 @@ def logs(arguments: list[str]) -> int:
     parser.add_argument("stage", help="a stage's id or the beginning of one, STUDY/VARIANT, or a folder of the store")
     options = parser.parse_args(arguments)
     store = Store(Path(options.store))
-    folder = _stage(store, options.stage)
+    folder = names.stage(store, options.stage)
     last = folder.last_attempt()
     if last is None or not last.log.is_file():
         raise ConfigError(f"{folder} has no log: it was never started.")
@@ -127,26 +109,95 @@ def logs(arguments: list[str]) -> int:
     return 0
 
 
-def _stage(store: Store, said: str) -> StageFolder:
-    """The stage that a user names. Raises ConfigError with the candidates if there is not exactly one."""
-    study, slash, variant = said.partition("/")
-    if slash and study in _studies(store):
-        record = files.read_json(store.study(study) / "variants.json")
-        rows = [row for row in [*record["variants"], *record["pretrained"]] if variant in (row["name"], row["row"])]
-        if len(rows) != 1:
-            names = [row["name"] for row in rows or [*record["variants"], *record["pretrained"]]]
-            which = "It could be" if rows else "There are"
-            raise ConfigError(f"{variant!r} names {len(rows)} variants of {study}. {which}: {', '.join(names)}.")
-        said = rows[0]["segments"][-1]
-    if Path(said).is_dir():
-        said = Path(said).resolve().name
-    found = store.find(said.partition("@")[0])
-    if len(found) != 1:
-        if not found:
-            raise ConfigError(f"{said!r} names no stage of {store.root}. `zexp status STUDY` lists the stages with their ids.")
-        candidates = ", ".join(str(folder) for folder in found[:8])
-        raise ConfigError(f"{said!r} names {len(found)} stages: {candidates}. Give more digits.")
-    return found[0]
+def export(arguments: list[str]) -> int:
+    """A model as a folder that other tools load."""
+    parser = _parser("export", "A trained model as a folder of files that other tools load. Nothing is overwritten.")
+    parser.add_argument("run", help=RUN)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--hf", metavar="DIR", help="for transformers: AutoModelForCausalLM and AutoTokenizer load it")
+    kind.add_argument("--safetensors", metavar="DIR", help="under zexp's own names, with the model's description as JSON")
+    options = parser.parse_args(arguments)
+    from zexp.model.hf.folder import check_target
+    from zexp.model.hf.table import family_of
+    from zexp.train.chain import chain
+
+    store = Store(Path(options.store), patience=0.0)
+    state = names.state(store, options.run)
+    target = Path(options.hf or options.safetensors).expanduser()
+    check_target(target)
+    segments = chain(store, state.folder.id)
+    root, last = segments[0].semantic, segments[-1].semantic
+    family = family_of(root["model"]) if options.hf else None
+
+    from zexp.data import tokenizer
+    from zexp.model.hf.export import write_hf, write_safetensors
+    from zexp.train.checkpoint import load_model, weight_tensors
+
+    model, semantic, tokenizer_id = load_model(store, state.folder.id, state.tokens)
+    ours = weight_tensors(model)
+    texts = tokenizer.exported(store, tokenizer_id, last["seq_len"])
+    if family is not None:
+        eod_id = tokenizer.eod_id(store, tokenizer_id)
+        write_hf(target, family, semantic, ours, positions=last["seq_len"], eod_id=eod_id, tokenizer=texts)
+    else:
+        facts = {"model": semantic, "trajectory": state.folder.id, "tokens": state.tokens, "seq_len": last["seq_len"]}
+        write_safetensors(target, facts, ours, tokenizer=texts)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    what = f"a {family.class_name}" if family is not None else "safetensors under zexp's names"
+    print(f"{target}: {what}, {count:,} parameters after {state.tokens:,} tokens, from {state}.")
+    if family is not None:
+        print(f"To load it: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}), AutoTokenizer alike.")
+    return 0
+
+
+def sample(arguments: list[str]) -> int:
+    """Text that a model writes."""
+    parser = _parser("sample", "The text with which a trained model goes on after a prompt, as it is made.")
+    parser.add_argument("run", help=RUN)
+    parser.add_argument("prompt", nargs="?", default="", help="what the document begins with (default: nothing)")
+    parser.add_argument("--tokens", type=int, default=256, help="at most so many new tokens (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token (default: 0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="only the most probable ones, up to this share (default: 0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU if there is one")
+    options = parser.parse_args(arguments)
+    checks = (
+        (options.tokens >= 1, f"--tokens {options.tokens}: at least 1."),
+        (0 <= options.temperature < float("inf"), f"--temperature {options.temperature}: 0 or a finite number above."),
+        (0 < options.top_p <= 1, f"--top-p {options.top_p}: a share above 0, at most 1."),
+        (0 <= options.seed < 2**63, f"--seed {options.seed}: a whole number from 0 to below 2^63."),
+    )
+    if problems := [text for fine, text in checks if not fine]:
+        raise ConfigError(problems)
+    store = Store(Path(options.store), patience=0.0)
+    state = names.state(store, options.run)
+
+    import torch
+
+    from zexp.data import tokenizer as tokenizers
+    from zexp.model.sample import generate, text_of
+    from zexp.train.checkpoint import load_model
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here. Use cpu or auto.")
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model, _, tokenizer_id = load_model(store, state.folder.id, state.tokens, device)
+    tokenizer, eod_id = tokenizers.load(store, tokenizer_id), tokenizers.eod_id(store, tokenizer_id)
+    ids = generate(
+        model,
+        [eod_id, *tokenizers.encode(tokenizer, [options.prompt])[0]],
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        eod_id=eod_id,
+    )
+    try:
+        for text in text_of(tokenizer, ids):
+            print(text, end="", flush=True)
+    finally:  # after Ctrl-C, too
+        print()
+    return 0
 
 
 def init(arguments: list[str]) -> int:

@@ -203,7 +203,7 @@ def test_ids_change_with_what_matters_and_with_nothing_else(mine, source, tmp_pa
         (lambda s: recipe.tokenizer_semantic(config(tokenizer={**CONFIG["tokenizer"], "vocab_size": 256}), s),
          "corpus.tokenizer.vocab_size = 256: a byte-level BPE needs at least 257, the 256 bytes and <|eod|>."),
         (lambda s: recipe.tokenizer_semantic(config(tokenizer={**CONFIG["tokenizer"], "kind": "wordpiece"}), s),
-         "corpus.tokenizer.kind = 'wordpiece': there is bpe. Set it."),
+         "corpus.tokenizer.kind = 'wordpiece': there are bpe and hf. Set one."),
         (lambda s: recipe.tokenizer_semantic(config(tokenizer={**CONFIG["tokenizer"], "weights": {"no": 1.0}}), s),
          "corpus.tokenizer.weights.no: no such source in corpus.sources; there is mine."),
         (lambda s: recipe.tokenizer_semantic(config(tokenizer={**CONFIG["tokenizer"], "weights": {"mine": -1.0}}), s),

@@ -80,12 +80,14 @@ class Mix:
 
 @dataclass(kw_only=True)
 class Tokenizer:
-    """A byte-level BPE trained on corpus.sources."""
+    """A byte-level BPE trained on corpus.sources (bpe), or a published one (hf)."""
 
-    kind: str = semantic("bpe")
-    vocab_size: int = semantic(4096)  # with <|eod|>, id 0
-    sample_bytes: Any = semantic("3M")  # bytes of training text read, over all sources together
-    weights: Optional[dict[str, float]] = semantic(None)  # each source's share of the sample; null = equal
+    kind: str = semantic("bpe")  # bpe | hf
+    vocab_size: int = semantic(4096)  # bpe: with <|eod|>, id 0. An hf tokenizer has its own
+    sample_bytes: Any = semantic("3M")  # bpe: bytes of training text read, over all sources together
+    weights: Optional[dict[str, float]] = semantic(None)  # bpe: each source's share of the sample; null = equal
+    path: Optional[str] = semantic(None, absent=None)  # hf: a folder with a tokenizer.json; it counts by its content
+    eod: Optional[str] = semantic(None, absent=None)  # hf: the token that begins and ends documents; null = its eos_token
 
 
 @dataclass(kw_only=True)
@@ -252,6 +254,13 @@ class Seeds:
 
 
 @dataclass(kw_only=True)
+class Init:
+    """Where the initial weights come from, if they are not drawn."""
+
+    from_hf: Optional[str] = semantic(None)  # a folder of `transformers`' with the model that arch describes; counts by content
+
+
+@dataclass(kw_only=True)
 class Study:
     """A question and the variants that answer it. Everything here selects or names; the variants carry the identity."""
 
@@ -274,6 +283,7 @@ class Run:
     study: Study = execution(factory=Study)
     seed: int = semantic(0)  # default of seeds.init and of every phase's seed
     seeds: Seeds = semantic(factory=Seeds)
+    init: Init = semantic(factory=Init, absent=Init())
     seq_len: int = semantic(256)  # labels of one sequence
     precision: str = semantic("fp32")  # fp32 | bf16 (autocast, fp32 weights)
     store: str = execution("store")  # folder of all results
@@ -297,5 +307,5 @@ def schemas() -> list[type]:
     """Every dataclass of the schema, for the test that each field is declared."""
     return [
         Norm, Parallel, Arch, Source, MixSource, Mix, Tokenizer, Packing, Corpus, Schedule, Phase, Replay, Anneal, Optim,
-        Parallelism, Kernels, Eval, Logger, Keep, Checkpoint, Divergence, Execution, Seeds, Study, Run,
+        Parallelism, Kernels, Eval, Logger, Keep, Checkpoint, Divergence, Execution, Seeds, Init, Study, Run,
     ]  # fmt: skip

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from zexp.data import documents, embedded
 from zexp.data.documents import Document, Tally
-from zexp.data.tokenizer import EOD_ID, encode, load, one_thread
+from zexp.data.tokenizer import encode, eod_id, load, one_thread, vocab_size
 from zexp.store import files
 from zexp.store.attempt import Attempt
 from zexp.store.folder import StageFolder, Store
@@ -41,7 +41,8 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     semantic = folder.semantic()
     one_thread()
     tokenizer = load(store, semantic["tokenizer"])
-    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4")
+    eod = eod_id(store, semantic["tokenizer"])
+    dtype = np.dtype("<u2" if vocab_size(tokenizer) <= 2**16 else "<u4")
     source, seed = semantic["source"], semantic["seed"]
     tally = Tally()
     progress = _Progress(attempt, _bytes(source))
@@ -64,10 +65,10 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     with row.open("wb") as file:
         written = _Written()
         for batch in _batches(_train(read(tally, progress.read), seed, heldout, chosen, left_out)):
-            written.add(batch, tokenizer, dtype, seed, file)
+            written.add(batch, tokenizer, eod, dtype, seed, file)
             progress.say(tokens=written.tokens)
             attempt.check()
-    _shuffle(row, written, dtype, scratch)
+    _shuffle(row, written, eod, dtype, scratch)
     row.unlink()
     heldout.sort(key=lambda item: item[0])
     with (scratch / "heldout.jsonl").open("w", encoding="utf-8") as out:
@@ -124,14 +125,16 @@ class _Written:
     lengths: list[int] = field(default_factory=list)
     tokens: int = 0
 
-    def add(self, batch: list[Document], tokenizer: Tokenizer, dtype: np.dtype[Any], seed: int, file: Any) -> None:
+    def add(
+        self, batch: list[Document], tokenizer: Tokenizer, eod: int, dtype: np.dtype[Any], seed: int, file: Any
+    ) -> None:
         row: list[int] = []
         for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch]), strict=True):
             self.size.add(document)
             self.places.append(_place(document, seed))
             self.lengths.append(len(ids) + 1)
             self.tokens += len(ids) + 1
-            row.append(EOD_ID)
+            row.append(eod)
             row += ids
         file.write(np.array(row, dtype).tobytes())
 
@@ -185,7 +188,7 @@ def _place(document: Document, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(b"%d:%b" % (seed, document.digest)).digest()[:8], "big")
 
 
-def _shuffle(row: Path, written: _Written, dtype: np.dtype[Any], scratch: Path) -> None:
+def _shuffle(row: Path, written: _Written, eod: int, dtype: np.dtype[Any], scratch: Path) -> None:
     """tokens.bin and offsets.bin from the row of documents as they were read; memory does not grow with the tokens."""
     order = np.argsort(np.array(written.places, dtype=np.uint64), kind="stable")
     lengths = np.array(written.lengths, dtype=np.int64)
@@ -196,7 +199,7 @@ def _shuffle(row: Path, written: _Written, dtype: np.dtype[Any], scratch: Path) 
     with (scratch / "tokens.bin").open("wb") as file:
         for document in order:
             file.write(read[starts[document] : starts[document + 1]].tobytes())
-        file.write(np.array([EOD_ID], dtype).tobytes())
+        file.write(np.array([eod], dtype).tobytes())
     (scratch / "offsets.bin").write_bytes(offsets.tobytes())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from zexp.config.errors import ConfigError
 from zexp.config.tokens import parse_tokens
-from zexp.data import docstrings, embedded, local
+from zexp.data import docstrings, embedded, local, published
 from zexp.data.mix import quantise
 from zexp.store.fingerprint import DigestCache
 from zexp.store.ids import round12
@@ -78,15 +78,35 @@ def source_semantic(
     return as_hashed("source", made)
 
 
-def tokenizer_semantic(corpus: dict[str, Any], sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def vocab_size(tokenizer: dict[str, Any], directory: Path) -> int:
+    """Token ids that a corpus' tokenizer can give, at most. tokenizer: its keys. Raises ConfigError for one that is not there."""
+    return published.vocab_size(tokenizer, directory) if tokenizer["kind"] == "hf" else int(tokenizer["vocab_size"])
+
+
+def tokenizer_semantic(
+    corpus: dict[str, Any],
+    sources: dict[str, dict[str, Any]],
+    *,
+    store_root: Path | None = None,
+    directory: Path = Path(),
+) -> dict[str, Any]:
     """The semantic block of the tokenizer that a corpus config asks for.
 
-    corpus: the keys of Corpus. sources: the semantic blocks of corpus.sources, by name.
+    corpus: the keys of Corpus. sources: the semantic blocks of corpus.sources, by name. store_root: for the cache of file
+    digests. directory: what relative paths are relative to.
     """
     config = corpus["tokenizer"]
+    if config["kind"] == "hf":
+        cache = DigestCache(None if store_root is None else store_root / "cache" / "files.json")
+        return as_hashed("tokenizer", published.semantic(config, directory, cache))
     problems = []
     if config["kind"] != "bpe":
-        problems.append(f"corpus.tokenizer.kind = {config['kind']!r}: there is bpe. Set it.")
+        problems.append(f"corpus.tokenizer.kind = {config['kind']!r}: there are bpe and hf. Set one.")
+    problems += [
+        f"corpus.tokenizer.{key} is set, but kind: bpe does not read it. Set it to null, or kind: hf."
+        for key in ("path", "eod")
+        if config.get(key) is not None
+    ]
     if config["vocab_size"] < SMALLEST_VOCAB:
         problems.append(
             f"corpus.tokenizer.vocab_size = {config['vocab_size']}: a byte-level BPE needs at least {SMALLEST_VOCAB}, "

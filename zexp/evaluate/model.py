@@ -38,7 +38,7 @@ Said = Callable[[int, int], None]  # (sequences done, sequences in all)
 class Adapter(TemplateLM):
     """A model and its tokenizer behind lm-eval's interface.
 
-    context_tokens: what the model sees at most; longer contexts lose their beginning. batch_size: rows in a forward pass.
+    eod_id: the token that begins and ends documents. context_tokens: what the model sees at most; longer contexts lose their beginning. batch_size: rows in a forward pass.
     on_progress: called after each of them.
     """
 
@@ -51,9 +51,11 @@ class Adapter(TemplateLM):
         *,
         context_tokens: int,
         batch_size: int,
+        eod_id: int = tokenizers.EOD_ID,
         on_progress: Said | None = None,
     ):
         super().__init__()
+        self._eod_id = eod_id
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
@@ -64,7 +66,7 @@ class Adapter(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return tokenizers.EOD_ID
+        return self._eod_id
 
     @property
     def max_gen_toks(self) -> int:

@@ -45,6 +45,7 @@ class _Loaded:
     key: tuple[str, str, int, str, str]
     model: Any
     tokenizer: Any
+    eod_id: int
 
 
 _loaded: _Loaded | None = None
@@ -65,6 +66,7 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
             loaded.tokenizer,
             context_tokens=semantic["settings"]["context_tokens"],
             batch_size=request["eval"]["batch_size"],
+            eod_id=loaded.eod_id,
             on_progress=lambda done, total: _progress(attempt, done, total),
         )
         _seed()
@@ -204,7 +206,7 @@ def _load(store: Store, state: Mapping[str, Any], request: Mapping[str, Any]) ->
         _loaded = None  # before the next one needs the memory
         tokenizers.one_thread()
         model, _, tokenizer_id = load_model(store, state["id"], state["tokens"], device, request["kernels"])
-        _loaded = _Loaded(key, model, tokenizers.load(store, tokenizer_id))
+        _loaded = _Loaded(key, model, tokenizers.load(store, tokenizer_id), tokenizers.eod_id(store, tokenizer_id))
     return _loaded
 
 

@@ -55,7 +55,8 @@ def _build(store: Store, semantic: dict[str, Any]) -> tuple[list[builders.Item],
                 "corpus.heldout, or cut the source into smaller documents (documents: paragraph)."
             )
         counts = token_counts(store, semantic["corpus"])
-        baseline = unigram_bits_per_byte(items, tokenizer.load(store, semantic["tokenizer"]), counts)
+        eod = tokenizer.eod_id(store, semantic["tokenizer"])
+        baseline = unigram_bits_per_byte(items, tokenizer.load(store, semantic["tokenizer"]), counts, eod)
         text = "a unigram model: the tokenizer's tokens by their counts in the training corpus"
         return items, {"bits_per_byte": {"baseline": baseline, "baseline_is": text}}
     if isinstance(builder, builders.Docstrings):
@@ -68,7 +69,7 @@ def _build(store: Store, semantic: dict[str, Any]) -> tuple[list[builders.Item],
 
 
 def _recall(builder: builders.Recall, encoder: Tokenizer) -> tuple[list[builders.Item], dict[str, Any]]:
-    decoded = (encoder.decode([id_]) for id_ in range(encoder.get_vocab_size()))
+    decoded = (encoder.decode([id_]) for id_ in range(tokenizer.vocab_size(encoder)))
     words = [word for word in decoded if _WORD.fullmatch(word)]
     return builders.recall(words, builder), {"acc": {"chance": 1 / builder.pairs}}
 
@@ -81,21 +82,22 @@ def _of_ring(choices: int) -> dict[str, Any]:
 def token_counts(store: Store, corpus_id: str) -> np.ndarray:
     """How often each token occurs in a corpus, (V,), the eod left out."""
     result = corpus.result(store, corpus_id)
-    dtype = np.dtype(files.read_json(result / files.MANIFEST)["dtype"]).newbyteorder("<")
+    manifest = files.read_json(result / files.MANIFEST)
+    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     tokens = np.memmap(result / "tokens.bin", dtype=dtype, mode="r")
     counts = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
     for start in range(0, len(tokens), 2**24):  # bincount makes int64 of what it counts
         counts += np.bincount(tokens[start : start + 2**24], minlength=len(counts))
-    counts[tokenizer.EOD_ID] = 0
+    counts[tokenizer.eod_id(store, manifest["tokenizer"])] = 0
     return counts
 
 
-def unigram_bits_per_byte(items: list[builders.Item], encoder: Tokenizer, counts: np.ndarray) -> float:
+def unigram_bits_per_byte(items: list[builders.Item], encoder: Tokenizer, counts: np.ndarray, eod: int) -> float:
     """Bits per byte of a unigram model with add-one smoothing over the vocabulary but the eod."""
-    vocabulary = encoder.get_vocab_size()
+    vocabulary = tokenizer.vocab_size(encoder)
     smoothed = np.ones(vocabulary)
     smoothed[: len(counts)] += counts
-    smoothed[tokenizer.EOD_ID] = 0.0
+    smoothed[eod] = 0.0
     with np.errstate(divide="ignore"):
         bits = -np.log2(smoothed / smoothed.sum())
     encoded = tokenizer.encode(encoder, [item["text"] for item in items])

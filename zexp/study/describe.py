@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from zexp.blocks.resolve import specs_of
@@ -14,7 +15,7 @@ from zexp.calc.layout import Layout
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
 from zexp.config.schema import Run
-from zexp.study.resolve import Composed, layout_of, run_of
+from zexp.study.resolve import Composed, layout_of, run_of, vocab_size
 from zexp.study.variants import row_of
 
 ELEMENT_BYTES = 2  # of weights and caches in decoding: bf16
@@ -65,7 +66,7 @@ def _describe(
     if precision not in memory.PER_PARAMETER:
         problems.add(f"precision = {run.precision!r}; it is {' or '.join(memory.PER_PARAMETER)}.")
     try:
-        model, matched = match.resolve(semantic_dict(run.arch), run.corpus.tokenizer.vocab_size, run.seq_len)
+        model, matched = match.resolve(semantic_dict(run.arch), vocab_size(run, Path.cwd()), run.seq_len)
     except ConfigError as error:
         problems.extend([*error.problems, *layout.problems(None)])
         return None

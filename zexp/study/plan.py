@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from zexp.config.errors import ConfigError, Problems
@@ -275,7 +276,7 @@ def _add_data(stages: dict[str, Stage], data: DataStage, variant: Variant) -> No
             semantic=data.semantic,
             parents=[short(parent) for _, parent in data.parents],
             label=f"{data.kind} {data.source}" if data.source else data.kind,
-            request={"threads": variant.run.parallelism.threads, "directory": variant.directory},
+            request={"threads": variant.run.parallelism.threads, "directory": variant.directory, **data.request},
             tokens_bound=data.tokens_bound,
         )
     _serve(stages[id], variant)
@@ -317,6 +318,9 @@ def _segment_stage(
     keep = set(cuts[segment.id]) | (
         ladder(segment.start, cut, segment.semantic["batch"][-1]["tokens"]) if run.checkpoint.keep.ladder else set()
     )
+    # Where a root's weights lie; what they are is in its semantic block.
+    path = run.init.from_hf if segment.semantic["parent"] is None else None
+    given = {} if path is None else {"from_hf": str(Path(variant.directory, Path(path).expanduser()))}
     label = segment.phase if segment.phase == "anneal" else f"{segment.phase}{'' if segment.is_open else ' decay'}"
     name = variant.row if segment.phase == "anneal" else variant.arch
     return Stage(
@@ -350,6 +354,7 @@ def _segment_stage(
             },
             "divergence": {"margin": run.execution.divergence.margin, "steps": run.execution.divergence.steps},
             "retry_diverged": run.execution.retry_diverged,
+            **given,
         },
         flops_per_token=variant.flops_per_token["train"],
         parameters=variant.parameters["total"],

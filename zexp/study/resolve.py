@@ -25,6 +25,8 @@ from zexp.config.schema import Corpus, Mix, Run, Source
 from zexp.data import recipe
 from zexp.evaluate import plan as evaluate_plan
 from zexp.kernels import select
+from zexp.model.hf import folder as hf_folder
+from zexp.store.fingerprint import DigestCache
 from zexp.store.ids import semantic_id
 from zexp.study import variants
 from zexp.train import phases
@@ -42,7 +44,9 @@ class Composed:
 
 @dataclass(frozen=True)
 class DataStage:
-    """A tokenizer, corpus, packing or tasks stage. source: the name that the user gave it."""
+    """A tokenizer, corpus, packing or tasks stage. source: the name that the user gave it; request: what it is told besides
+    its semantic block.
+    """
 
     kind: str
     id: str
@@ -50,6 +54,7 @@ class DataStage:
     parents: list[tuple[str, str]]
     source: str | None = None
     tokens_bound: int = 0
+    request: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class Resolver:
     _sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     _models: dict[str, ResolvedModel] = field(default_factory=dict)
     _tasks: dict[str, list[evaluate_plan.PlannedTask]] = field(default_factory=dict)
+    _inits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def variants(self, composed: list[Composed]) -> list[Variant]:
         """All variants. Raises ConfigError with every mistake of every variant, and for two of one name."""
@@ -148,6 +154,7 @@ class Resolver:
         # A mistake here does not hide those of the phases and tasks: they are checked against stand-ins, and nothing is
         # returned.
         resolved_model, match, model_numerics, parameters, flops = model or ({}, None, {}, {}, {})
+        init = None if model is None else self._collect(problems, lambda: self._init(run, resolved_model))
         packings = data[2] if data is not None else {}
         packing_ids = {name: packings[name].id if name in packings else name for name in sources}
         tokenizer_id = data[0].id if data is not None else ""
@@ -161,6 +168,7 @@ class Resolver:
                 model_numerics=model_numerics,
                 tokenizer=tokenizer_id,
                 packing=lambda name, _source: packing_ids.get(name, name),
+                init=init,
             ),
         )
         planned = None if data is None else self._collect(problems, lambda: self._planned_tasks(run, data[1], data[0]))
@@ -211,7 +219,7 @@ class Resolver:
 
     def _model(self, run: Run) -> ResolvedModel:
         arch = semantic_dict(run.arch)
-        vocab = run.corpus.tokenizer.vocab_size
+        vocab = vocab_size(run, self.directory)
         key = json.dumps([arch, vocab, run.seq_len], sort_keys=True)
         if key not in self._models:
             model, match = calc_match.resolve(arch, vocab, run.seq_len)
@@ -223,6 +231,21 @@ class Resolver:
                 calc_model.flops_per_token(model, run.seq_len) if run.seq_len > 0 else {},
             )
         return self._models[key]
+
+    def _init(self, run: Run, model: dict[str, Any]) -> dict[str, Any] | None:
+        """What stands in a root segment for weights that are not drawn. Raises ConfigError if the folder is not this model's."""
+        path = run.init.from_hf
+        if path is None:
+            return None
+        if run.seeds.init is not None:
+            raise ConfigError(f"seeds.init = {run.seeds.init} draws no weights: they come from init.from_hf. Set it to null.")
+        key = json.dumps([path, model], sort_keys=True)
+        if key not in self._inits:
+            found = hf_folder.read(self.directory / Path(path).expanduser(), "init.from_hf")
+            family = hf_folder.check(found, model, "init.from_hf")
+            cache = DigestCache(self.store_root / "cache" / "files.json")
+            self._inits[key] = hf_folder.init_semantic(found, family, cache)
+        return self._inits[key]
 
     def _source(self, name: str, source: Source, key: str) -> dict[str, Any]:
         keys = {k: getattr(source, k) for k in Source.__dataclass_fields__}
@@ -247,8 +270,11 @@ class Resolver:
         problems.raise_if_any()
         corpus = _plain(run.corpus)
         own = {name: semantics[name] for name in run.corpus.sources}
-        tokenizer_semantic = recipe.tokenizer_semantic(corpus, own)
-        tokenizer = DataStage("tokenizer", semantic_id(tokenizer_semantic), tokenizer_semantic, [])
+        tokenizer_semantic = recipe.tokenizer_semantic(
+            corpus, own, store_root=self.store_root, directory=self.directory
+        )
+        request = {"tokenizer": run.corpus.tokenizer.path} if run.corpus.tokenizer.path is not None else {}
+        tokenizer = DataStage("tokenizer", semantic_id(tokenizer_semantic), tokenizer_semantic, [], request=request)
         corpora: dict[str, DataStage] = {}
         packings: dict[str, DataStage] = {}
         for name, semantic in semantics.items():
@@ -345,6 +371,11 @@ def run_of(config: DictConfig) -> Run:
     return run
 
 
+def vocab_size(run: Run, directory: Path) -> int:
+    """Token ids that the run's tokenizer can give, at most. Raises ConfigError if that is a published one that is not there."""
+    return recipe.vocab_size(_plain(run.corpus)["tokenizer"], directory)
+
+
 def _plain(corpus: Corpus) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(corpus), resolve=True)
     assert isinstance(plain, dict)
@@ -366,7 +397,7 @@ def _sources_of(run: Run, problems: Problems) -> dict[str, tuple[Source, str]]:
     sources: dict[str, tuple[Source, str]] = {
         name: (source, f"corpus.sources.{name}") for name, source in run.corpus.sources.items()
     }
-    if not run.corpus.sources:
+    if not run.corpus.sources and run.corpus.tokenizer.kind == "bpe":
         problems.add("corpus.sources is empty. The tokenizer is trained on them: name at least one source.")
     for key, mix in _mixes(run):
         for name, source in mix.sources.items():

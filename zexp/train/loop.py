@@ -38,7 +38,7 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
     """Train a segment up to request["to"] (absolute tokens). "done", "diverged" or "interrupted".
 
     request: to, optimizer (whether the state there must be one to train on from), keep, micro_batch, threads, device, kernels, deterministic, log_every, checkpoint {every_seconds,
-    rolling}, logger, retry_diverged, divergence {margin, steps}.
+    rolling}, from_hf (the folder of a root's given weights), logger, retry_diverged, divergence {margin, steps}.
     """
     target = int(request["to"])
     if (found := folder.diverged()) is not None and found["tokens"] <= target:
@@ -60,7 +60,9 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
         if _is_there(folder, target, attempt, request["optimizer"]):
             return "done"
         batches = Batches(store, segments, device)
-        training = begin(store, segments, batches.stream, target, attempt, request["kernels"], device)
+        training = begin(
+            store, segments, batches.stream, target, attempt, request["kernels"], device, request.get("from_hf")
+        )
         details = fingerprint.fingerprint(root["model"], request, device)
         log.info("Training from %d to %d tokens on %s, threads: %d.", training.tokens, target, device, request["threads"])
         log.info("Fingerprint %s: %s", fingerprint.name_of(details), details)

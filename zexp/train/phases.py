@@ -87,10 +87,12 @@ def compile_chain(
     model_numerics: Mapping[str, int],
     tokenizer: str,
     packing: Callable[[str, MixSource], str],
+    init: Mapping[str, Any] | None = None,
 ) -> Chain:
     """The chain of segments that a run trains.
 
     model: the resolved model with its defaults; tokenizer: its id; packing(name, source): the packing's id.
+    init: {from_hf, numerics} of weights that are given (zexp.model.hf.folder.init_semantic); None = drawn from a seed.
     Raises ConfigError with every mistake of phases, schedules, mixes and the anneal.
     """
     problems = Problems()
@@ -109,7 +111,7 @@ def compile_chain(
             peak_of_parent = spans[-1].peak_lr if spans else None
             pieces, cut, length, label, peak = _learning_rate(step, run, parent, batch, peak_of_parent)
             streams = _streams(step, run, segments, packing)
-            _append(segments, run, step, pieces, cut, length, batch, streams, model, model_numerics, tokenizer)
+            _append(segments, run, step, pieces, cut, length, batch, streams, model, model_numerics, tokenizer, init)
         except ConfigError as error:
             problems.extend(error.problems)
             break  # what follows depends on this phase's length
@@ -314,6 +316,7 @@ def _append(
     model: Mapping[str, Any],
     model_numerics: Mapping[str, int],
     tokenizer: str,
+    init: Mapping[str, Any] | None,
 ) -> None:
     """Append a phase's segments: one, or two where the learning rate is cut, or none where it is the parent's continuation."""
     start = segments[-1].to if segments else 0
@@ -335,7 +338,7 @@ def _append(
         if parent is not None and _continues(parent, part, batch, streams, state):
             segments[-1] = replace(parent, to=until, phase=step.name)
             continue
-        semantic = _semantic(run, parent, part, begin, batch, streams, state, model, model_numerics, tokenizer)
+        semantic = _semantic(run, parent, part, begin, batch, streams, state, model, model_numerics, tokenizer, init)
         is_open = part[-1]["to"] is None
         segments.append(Segment(semantic_id(semantic), semantic, begin, until, step.name, is_open))
 
@@ -366,6 +369,7 @@ def _semantic(
     model: Mapping[str, Any],
     model_numerics: Mapping[str, int],
     tokenizer: str,
+    init: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     optim = semantic_dict(run.optim)
     optim["betas"] = [round12(float(beta)) for beta in run.optim.betas]
@@ -388,7 +392,11 @@ def _semantic(
         },
     }
     if parent is None:
-        init = run.seeds.init if run.seeds.init is not None else run.seed
-        semantic |= {"model": dict(model), "tokenizer": tokenizer, "seeds": {"init": init}}
+        semantic |= {"model": dict(model), "tokenizer": tokenizer}
         semantic["numerics"] |= dict(model_numerics)
+        if init is None:
+            semantic["seeds"] = {"init": run.seeds.init if run.seeds.init is not None else run.seed}
+        else:
+            semantic["init"] = {"from_hf": dict(init["from_hf"])}
+            semantic["numerics"] |= dict(init["numerics"])
     return semantic

@@ -1,18 +1,22 @@
 """Where a segment's training begins: at its own newest good state, at its parent's, or at initial weights."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zexp.config.errors import ConfigError
 from zexp.data.stream import Segment, Stream
 from zexp.model.build import build, decayed
+from zexp.model.hf import convert as hf_convert
+from zexp.model.hf import folder as hf_folder
 from zexp.model.language_model import LanguageModel
 from zexp.store.attempt import Attempt
 from zexp.store.errors import StoreError
+from zexp.store.fingerprint import DigestCache
 from zexp.store.folder import Store
 from zexp.train import checkpoint, optimizer
 from zexp.train.chain import start_tokens
@@ -49,9 +53,18 @@ class Training:
 
 
 def begin(
-    store: Store, chain: Sequence[Segment], stream: Stream, target: int, attempt: Attempt, kernels: str, device: str
+    store: Store,
+    chain: Sequence[Segment],
+    stream: Stream,
+    target: int,
+    attempt: Attempt,
+    kernels: str,
+    device: str,
+    from_hf: str | None = None,
 ) -> Training:
     """The training at the newest token count up to `target` that can be had.
+
+    from_hf: where the root's weights lie, if its semantic block says that they are given.
 
     A state of this trajectory that fails its checksums is set aside, said in the log, and the one before it is tried.
     Raises StoreError if the parent's state is missing or damaged (set aside then): its own stage has to make it again.
@@ -76,9 +89,27 @@ def begin(
         _load(training, state, Stream(chain[:-1]), with_optimizer=carry)
         training.above = 0
         log.info("Forking at %d tokens; the optimizer's state is %s.", fork, "carried" if carry else "reset")
+    elif "init" in root:
+        training = blank(seed=None)
+        assert from_hf is not None, "the plan says where the weights lie"
+        _load_given(store, root, Path(from_hf), training.model)
+        log.info("Starting with the weights of %s.", from_hf)
     else:
         training = blank(seed=root["seeds"]["init"])
     return training
+
+
+def _load_given(store: Store, root: Mapping[str, Any], path: Path, model: LanguageModel) -> None:
+    """The weights of a folder that were planned with. Raises StoreError if it holds others by now, or is gone."""
+    try:
+        folder = hf_folder.read(path, "init.from_hf")
+        family = hf_folder.check(folder, root["model"], "init.from_hf")
+    except ConfigError as error:
+        raise StoreError(f"The initial weights were there when this was planned: {error}") from error
+    found = hf_folder.init_semantic(folder, family, DigestCache(store.cache / "files.json"))
+    if found["from_hf"] != root["init"]["from_hf"]:
+        raise StoreError(f"The weights in {path} have changed since this was planned. Run the same command again.")
+    hf_convert.load(folder, family, model, root["model"])
 
 
 def _newest_good(attempt: Attempt, target: int) -> Path | None:

@@ -18,10 +18,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zexp.config.errors import ConfigError
 from zexp.model.hf.convert import parted
 from zexp.model.hf.family import Family, Parts
-from zexp.model.hf.folder import INDEX, WEIGHTS
+from zexp.model.hf.folder import INDEX, WEIGHTS, check_target
 from zexp.model.hf.pieces import Piece
 from zexp.store import files
 
@@ -70,17 +69,6 @@ def write_safetensors(
         save_file({name: one.contiguous() for name, one in ours.items()}, folder / WEIGHTS, {"format": "pt"})
         for name, content in tokenizer.items():
             files.write_atomic(folder / name, content)
-
-
-def check_target(target: Path) -> None:
-    """Raises ConfigError if the folder is there, or cannot be made."""
-    if os.path.lexists(target):
-        raise ConfigError(f"{target} is there already, and export overwrites nothing. Name another folder.")
-    above = target.absolute().parent
-    if not above.is_dir():
-        raise ConfigError(f"{above}: no such folder to make {target.name} in.")
-    if not os.access(above, os.W_OK):
-        raise ConfigError(f"{above} cannot be written. Name another folder.")
 
 
 def _write_weights(folder: Path, pieces: list[Piece], ours: Mapping[str, Tensor], shard_bytes: int) -> None:

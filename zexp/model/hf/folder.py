@@ -6,6 +6,7 @@ No torch: a safetensors file begins with the length of its header (8 bytes, litt
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from zexp.config.errors import ConfigError
-from zexp.model.hf.family import Family, Parts
+from zexp.model.hf.family import NUMERICS, Family, Parts
 from zexp.model.hf.pieces import Piece, Shape
 from zexp.model.hf.table import family_for
+from zexp.store.fingerprint import DigestCache, file_fingerprint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of numbers that become fp32
@@ -94,6 +96,12 @@ def check(folder: Folder, model: Mapping[str, Any], key: str) -> Family:
     return family
 
 
+def init_semantic(folder: Folder, family: Family, cache: DigestCache) -> dict[str, Any]:
+    """What stands in a root segment for initial weights out of the folder: {from_hf, numerics}. By content, wherever it lies."""
+    found = file_fingerprint(((file.name, file) for file in folder.files), cache)
+    return {"from_hf": {"model_type": family.model_type, **found}, "numerics": dict(NUMERICS)}
+
+
 def tensor_problems(folder: Folder, family: Family, pieces: list[Piece], key: str) -> list[str]:
     """One text for all missing tensors, one for all surplus ones, one for each of another shape or kind of number."""
     problems, missing, expected = [], [], set()
@@ -117,6 +125,17 @@ def tensor_problems(folder: Folder, family: Family, pieces: list[Piece], key: st
         if names:
             problems.append(f"{key}: {folder.path} {what} {', '.join(names)}. ({len(names)} of {len(folder.tensors)})")
     return problems
+
+
+def check_target(target: Path) -> None:
+    """Raises ConfigError if a folder that is to be written is there, or cannot be made."""
+    if os.path.lexists(target):
+        raise ConfigError(f"{target} is there already, and export overwrites nothing. Name another folder.")
+    above = target.absolute().parent
+    if not above.is_dir():
+        raise ConfigError(f"{above}: no such folder to make {target.name} in.")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"{above} cannot be written. Name another folder.")
 
 
 def _header(file: Path, key: str) -> dict[str, Any]:
