@@ -172,6 +172,8 @@ def test_ctrl_c_ends_a_sample_cleanly(folder):
 
 def checkpoint(folder: Path) -> Path:
     """A Llama of transformers with random weights and more rows than its tokenizer, whose documents end with </s>."""
+    if (folder / "in").is_dir():
+        return folder / "in"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -230,6 +232,22 @@ def test_a_training_that_starts_from_a_checkpoint(folder):
     assert again.returncode == 0 and "Nothing to train" in again.stdout
     further = ("init.from_hf=again", "corpus.tokenizer={kind:hf,path:again}", "+arch.vocab_size=360")
     assert zexp("plan", "arch=llama", *RUN, *further, cwd=folder).returncode == 0
+
+
+def test_a_folder_of_ones_own_around_a_checkpoint(folder, tmp_path):
+    path = checkpoint(folder)
+    done = zexp("init", "around", "--from-hf", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    arch = (tmp_path / "around/conf/arch/mine.yaml").read_text()
+    assert "a LlamaForCausalLM" in arch and "pattern: 2*(a d)" in arch and "vocab_size: 360" in arch
+    planned = zexp("plan", "--json", "+sweeps=mine", cwd=tmp_path / "around")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["variants"] == 2
+    counted = json.loads(zexp("calc", "--json", "arch=mine", "corpus=mine", cwd=tmp_path / "around").stdout)
+    assert counted["parameters"]["total"] == sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+    refused = zexp("init", "other", "--from-hf", str(folder / "texts"), cwd=tmp_path)
+    assert refused.returncode == 2 and "has no config.json" in refused.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def _first(store: Store, trajectory_id: str, bins: windows.Windows):

@@ -1,11 +1,23 @@
-"""What `zexp init` writes: texts, an architecture, a corpus over the texts, a mix and a study, all small."""
+"""What `zexp init` writes: texts, an architecture, a corpus over the texts, a mix and a study, all small.
+
+With --from-hf the architecture, the tokenizer and the initial weights are those of a checkpoint.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
+import yaml
+
 from zexp.config.errors import ConfigError
+from zexp.data import published
+from zexp.model.hf import folder as checkpoints
+from zexp.model.hf.entries import Unreadable
+from zexp.model.hf.table import family_for
 from zexp.store.files import write_atomic
+from zexp.store.fingerprint import DigestCache
 
 ARCH = """\
 # Two Mamba2 layers around one attention layer. `zexp calc arch=mine` counts it.
@@ -86,14 +98,53 @@ def _texts() -> dict[str, str]:
     return {"sums.txt": "\n\n".join(sums) + "\n", "orders.txt": "\n\n".join(orders) + "\n"}
 
 
-def write(folder: Path) -> list[Path]:
-    """Write the files; the paths. Raises ConfigError naming files that are already there."""
+def _from_checkpoint(path: Path) -> dict[str, str]:
+    """Architecture, corpus and study that go on from a folder of `transformers`'. Raises ConfigError if it is not whole."""
+    key = "--from-hf"
+    found = checkpoints.read(path, key)
+    family = family_for(found.config, found.where)
+    try:
+        arch = family.arch(found.config)
+        checkpoints.check(found, family.resolved(found.config), key)
+    except Unreadable as error:
+        raise ConfigError(f"{found.where} is no model that zexp can have: {error}") from error
+    published.semantic({"path": str(path)}, Path(), DigestCache(None))
+    arch["pattern"] = _repeated(arch["pattern"], len(family.unit))
+    blocks = arch.pop("blocks")
+    written = yaml.safe_dump({**arch, "blocks": blocks}, sort_keys=False, default_flow_style=None, width=110)
+    where = json.dumps(str(path))  # JSON's quotes are YAML's
+    tokenizer = "tokenizer: {kind: bpe, vocab_size: 512}\n"
+    seq_len = "seq_len: 128\n"
+    assert tokenizer in CORPUS and seq_len in STUDY
+    return {
+        "conf/arch/mine.yaml": f"# What {found.where} describes, a {family.class_name}. `zexp calc arch=mine` counts it.\n{written}",
+        "conf/corpus/mine.yaml": CORPUS.replace(tokenizer, f"tokenizer: {{kind: hf, path: {where}}}\n"),
+        "conf/sweeps/mine.yaml": STUDY.replace(seq_len, f"init: {{from_hf: {where}}}\n{seq_len}").replace(
+            "schedule: {", "schedule: {peak_lr: 3e-4, "
+        ),
+    }
+
+
+def _repeated(layers: list[str], size: int) -> str:
+    """The layers, `size` of them belonging together, as a pattern with repeats."""
+    cut = [" ".join(layers[start : start + size]) for start in range(0, len(layers), size)]
+    runs = [(one, len(list(group))) for one, group in itertools.groupby(cut)]
+    parts = [one if times == 1 else f"{times}*({one})" if " " in one else f"{times}*{one}" for one, times in runs]
+    return " ".join(parts)
+
+
+def write(folder: Path, from_hf: Path | None = None) -> list[Path]:
+    """Write the files; the paths. Raises ConfigError naming files that are already there.
+
+    from_hf: a checkpoint's folder that the study goes on from.
+    """
     contents = {
         "README.md": README,
         "conf/arch/mine.yaml": ARCH,
         "conf/corpus/mine.yaml": CORPUS,
         "conf/mix/mine.yaml": MIX,
         "conf/sweeps/mine.yaml": STUDY,
+        **(_from_checkpoint(from_hf.absolute()) if from_hf is not None else {}),
         **{f"texts/{name}": text for name, text in _texts().items()},
     }
     there = [str(folder / name) for name in contents if (folder / name).exists()]

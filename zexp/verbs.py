@@ -207,11 +207,14 @@ def init(arguments: list[str]) -> int:
         description="A small folder of your own: texts, an architecture, a mix over the texts, a study. It runs as it is.",
     )
     parser.add_argument("folder", help="made if it is not there; nothing in it is overwritten")
+    parser.add_argument(
+        "--from-hf", metavar="DIR", help="a model of transformers: its architecture, tokenizer and weights to go on from"
+    )
     options = parser.parse_args(arguments)
     from zexp.starter import write
 
     folder = Path(options.folder)
-    for path in write(folder):
+    for path in write(folder, None if options.from_hf is None else Path(options.from_hf).expanduser()):
         print(path)
     print(f"\nTo train it: cd {folder} && zexp run +sweeps=mine")
     return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,7 +17,9 @@ transformers = pytest.importorskip("transformers", reason="parity needs the extr
 
 from tests.model.hf.archs import OURS, THEIRS, VOCAB, WIDTH  # noqa: E402
 from zexp.blocks.resolve import resolve_model  # noqa: E402
+from zexp.calc import model as calc_model  # noqa: E402
 from zexp.config.errors import ConfigError  # noqa: E402
+from zexp.config.places import conf_dir  # noqa: E402
 from zexp.model.build import build  # noqa: E402
 from zexp.model.hf import convert, export, folder, table  # noqa: E402
 from zexp.model.hf.family import Parts  # noqa: E402
@@ -302,3 +306,20 @@ def test_folders_that_are_no_checkpoints_are_refused(checkpoint, tmp_path):
     assert "has no config.json" in refusal(path, semantic)
     with pytest.raises(ConfigError, match="no such folder"):
         folder.read(tmp_path / "nowhere", "init.from_hf")
+
+
+PUBLISHED = {
+    "llama3p2_1b": "Llama", "pythia_160m": "GPTNeoX", "pythia_2p8b": "GPTNeoX", "mixtral_8x7b": "Mixtral", "mamba_130m": "Mamba",
+    "mamba2_2p7b": "Mamba2", "zamba_7b": "Zamba", "zamba2_1p2b": "Zamba2", "zamba2_2p7b": "Zamba2", "zamba2_7b": "Zamba2",
+    "jamba_v0p1": "Jamba", "nemotron_h_8b": "NemotronH", "lfm2_1p2b": "Lfm2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_published_models_preset_fits_into_its_class(preset):
+    arch: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"arch/{preset}.yaml"))
+    semantic = resolve_model(arch, arch["vocab_size"])
+    family = table.family_of(semantic)
+    assert family.class_name == f"{PUBLISHED[preset]}ForCausalLM"
+    numbers = sum(math.prod(theirs.shape) for piece in family.tensors(Parts(semantic)) for theirs in piece.theirs)
+    assert numbers == calc_model.parameters(semantic)["total"]
