@@ -114,8 +114,8 @@ def _print_budget(answer: dict[str, Any], console: Console) -> None:
     console.print(
         f"{answer['arch']}, {answer['parameters']['total']:,} parameters, {say_flops(answer['flops_per_token']['train'])} a token at "
         f"sequence length {answer['seq_len']}: {say_tokens(budget['tokens'])} tokens, "
-        f"{budget['tokens_per_parameter']:.3g} a parameter, {say_tokens(budget['tokens_per_second'])} a second. "
-        f"20 tokens a parameter would take {budget['days_for_20_tokens_per_parameter']:.3g} days."
+        f"{_say_ratio(budget['tokens_per_parameter'])} a parameter, {say_tokens(budget['tokens_per_second'])} a second. "
+        f"20 tokens a parameter would take {_say_ratio(budget['days_for_20_tokens_per_parameter'])} days."
     )
     fits = "of" if budget["fits"] else "which is more than the"
     hint = "" if budget["fits"] else " Try parallelism.zero=1 to 3, parallelism.tensor or activation_checkpointing=full."
@@ -123,6 +123,11 @@ def _print_budget(answer: dict[str, Any], console: Console) -> None:
         f"Memory: {say_bytes(training['total'])} on each device ({_layout(training)}), {fits} "
         f"{say_bytes(budget['device_memory'])} that it has.{hint}"
     )
+
+
+def _say_ratio(value: float) -> str:
+    """Three digits, without an exponent for large values."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _print_side_by_side(answers: Sequence[dict[str, Any]], console: Console) -> None:
@@ -182,6 +187,6 @@ def _compared(answer: dict[str, Any], contexts: set[int]) -> dict[str, str]:
         budget = answer["budget"]
         figures["budget FLOPs"] = say_flops(budget["flops"])
         figures["tokens"] = say_tokens(budget["tokens"])
-        figures["tokens/parameter"] = f"{budget['tokens_per_parameter']:.3g}"
+        figures["tokens/parameter"] = _say_ratio(budget["tokens_per_parameter"])
         figures["fits the device"] = "yes" if budget["fits"] else "no"
     return figures
