@@ -59,11 +59,13 @@ def test_the_shell_completes_choices_after_the_verb(tmp_path, line, expected):
 @pytest.mark.parametrize(
     ("line", "offered"),
     [("zexp ", {"run", "plan", "calc", "status", "report", "logs", "export", "sample", "init"}), ("zexp r", {"run", "report"}),
-     ("zexp status qu", {"quickstart"}), ("zexp init x", set())],
+     ("zexp status qu", {"quickstart"}), ("zexp init x", set()), ("zexp sample ti", {"tiny", "tiny@pretrain"}),
+     ("zexp export quickstart/tiny@", {"quickstart/tiny@pretrain"}), ("zexp export tiny --h", set())],
 )  # fmt: skip
 def test_the_shell_completes_verbs_and_studies(tmp_path, line, offered):
     (tmp_path / "store/studies/quickstart").mkdir(parents=True)
-    (tmp_path / "store/studies/quickstart/variants.json").write_text("{}")
+    rows = {"variants": [{"name": "tiny"}], "pretrained": [{"name": "tiny@pretrain"}]}
+    (tmp_path / "store/studies/quickstart/variants.json").write_text(json.dumps(rows))
     done = zexp("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)), ZEXP_STORE="store")
     assert set(done.stdout.split()) == offered and done.stderr == ""
 

@@ -79,6 +79,10 @@ def _verbs_completed(words: list[str]) -> list[str] | None:
         from zexp import verbs
 
         return [name for name in verbs.studies() if name.startswith(parts[-1])]
+    if parts[1] in ("logs", "export", "sample") and len(parts) == 3:
+        from zexp import verbs
+
+        return verbs.runs(parts[2])
     return [] if parts[1] in OTHER_VERBS else None
 
 

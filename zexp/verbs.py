@@ -27,6 +27,14 @@ def studies() -> list[str]:
     return names.studies(Store(Path(os.environ.get("ZEXP_STORE", "store"))))
 
 
+def runs(begun: str) -> list[str]:
+    """What a RUN that is being typed may become: variants, or those of a study once its slash is there."""
+    store = Store(Path(os.environ.get("ZEXP_STORE", "store")))
+    rows = [(study, row["name"]) for study in names.studies(store) for row in names.rows(store, study)]
+    offered = [f"{study}/{name}" for study, name in rows] if "/" in begun else [name for _, name in rows]
+    return sorted({one for one in offered if one.startswith(begun)})
+
+
 def status(arguments: list[str]) -> int:
     """Studies and how far they are."""
     parser = _parser("status", "Studies in the store and how far they are.")
@@ -191,6 +199,7 @@ def sample(arguments: list[str]) -> int:
         top_p=options.top_p,
         seed=options.seed,
         eod_id=eod_id,
+        vocab_size=tokenizers.vocab_size(tokenizer),
     )
     try:
         for text in text_of(tokenizer, ids):

@@ -37,8 +37,9 @@ def model(request):
     return built
 
 
-def drawn(model, prompt=(0, 5, 9), tokens=24, temperature=1.0, top_p=1.0, seed=0, eod_id=-1):
+def drawn(model, prompt=(0, 5, 9), tokens=24, temperature=1.0, top_p=1.0, seed=0, eod_id=-1, vocab_size=None):
     options = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "eod_id": eod_id}
+    options["vocab_size"] = vocab_size
     return list(generate(model, prompt, **options))
 
 
@@ -64,6 +65,13 @@ def test_it_ends_before_the_end_of_the_document(model):
     eod_id = free[7]
     assert drawn(model, seed=1, eod_id=eod_id) == free[: free.index(eod_id)]
     assert drawn(model, tokens=5) == drawn(model)[:5]
+
+
+def test_rows_without_a_token_are_never_chosen(model):
+    free = drawn(model, tokens=60)
+    assert max(free) >= 30
+    assert max(drawn(model, tokens=60, vocab_size=30)) < 30
+    assert max(drawn(model, tokens=60, temperature=0, vocab_size=3)) < 3
 
 
 def test_hardly_any_temperature_and_a_tiny_nucleus_are_greedy(model):

@@ -24,12 +24,14 @@ def generate(
     top_p: float,
     seed: int,
     eod_id: int,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Up to `tokens` new token ids after a prompt of at least one; ends before the end-of-document token.
 
     temperature: the logits are divided by it; 0 = the most probable token, whatever top_p. top_p: drawn from the smallest
     set of most probable tokens that have at least this probability together (Holtzman et al. 2019, arXiv:1904.09751).
     seed: of the draws, which are made on the CPU: the same on every device but for rounding of the logits.
+    vocab_size: ids from this on are never chosen (rows of the embedding that no token has); None = all may be.
     """
     device = model.embedding.weight.device
     draws = torch.Generator("cpu").manual_seed(seed)
@@ -37,7 +39,7 @@ def generate(
     following = list(prompt)
     for _ in range(tokens):
         hidden_1TD = model.decode(torch.tensor([following], device=device), cache)
-        logits_V = model.logits(hidden_1TD[0, -1]).cpu()
+        logits_V = model.logits(hidden_1TD[0, -1])[:vocab_size].cpu()
         chosen = int(logits_V.argmax()) if temperature == 0 else _drawn(logits_V / temperature, top_p, draws)
         if chosen == eod_id:
             return

@@ -91,14 +91,14 @@ def _stage_id(store: Store, said: str) -> str | None:
     known = studies(store)
     name, slash, variant = said.partition("/")
     if slash and name in known:
-        rows = _rows(store, name)
-        found = [row for row in rows if variant in (row["name"], row["row"])]
+        known_rows = rows(store, name)
+        found = [row for row in known_rows if variant in (row["name"], row["row"])]
         if len(found) != 1:
             which = "It could be" if found else "There are"
-            names = ", ".join(row["name"] for row in found or rows)
+            names = ", ".join(row["name"] for row in found or known_rows)
             raise ConfigError(f"{variant!r} names {len(found)} variants of {name}. {which}: {names}.")
         return str(found[0]["segments"][-1])
-    named = [(one, row) for one in known for row in _rows(store, one) if said in (row["name"], row["row"])]
+    named = [(one, row) for one in known for row in rows(store, one) if said in (row["name"], row["row"])]
     ids = {row["segments"][-1] for _, row in named}
     if len(ids) > 1:
         candidates = ", ".join(f"{one}/{row['name']}" for one, row in named[:SHOWN])
@@ -106,7 +106,8 @@ def _stage_id(store: Store, said: str) -> str | None:
     return str(ids.pop()) if ids else None
 
 
-def _rows(store: Store, name: str) -> list[dict[str, Any]]:
+def rows(store: Store, name: str) -> list[dict[str, Any]]:
+    """A study's variants, and the states that their anneals fork from."""
     record = files.read_json(store.study(name) / "variants.json")
     return [*record["variants"], *record["pretrained"]]
 

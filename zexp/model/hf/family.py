@@ -111,9 +111,10 @@ class Family:
         if wrong := self.misplaced(parts):
             return [self._place(parts, wrong[0])]
         try:
-            back = Parts(self.resolved(self.config(model)))
+            config = self.config(model)
         except Unreadable as error:
             return [f"arch.pattern: {error}"]
+        back = Parts(self.resolved(config))
         return [
             f"arch.{path} = {said(value)}: a {self.class_name} cannot say that; it would have {said(back.flat[path])}."
             for path, value in parts.flat.items()
