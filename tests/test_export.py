@@ -22,7 +22,14 @@ transformers = pytest.importorskip("transformers", reason="the folders are for t
 
 pytestmark = pytest.mark.slow
 
-SIZES = ("seq_len=64", "phases.pretrain.tokens=3K", "phases.pretrain.batch_tokens=512", "schedule=constant", "schedule.warmup_tokens=0", "execution.log_every=1")
+SIZES = (
+    "seq_len=64",
+    "phases.pretrain.tokens=3K",
+    "phases.pretrain.batch_tokens=512",
+    "schedule=constant",
+    "schedule.warmup_tokens=0",
+    "execution.log_every=1",
+)
 RUN = ("corpus=mine", "mix=mine", "eval=none", "anneal=none", *SIZES)
 ARCH = """\
 pattern: 2*(a d)
@@ -106,7 +113,10 @@ def test_safetensors_are_ours_for_any_model(folder):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("export", "mine", "--hf", "other"), ["no class of `transformers` can hold this model", "blocks.d.activation = swiglu", "--safetensors"]),
+        (
+            ("export", "mine", "--hf", "other"),
+            ["no class of `transformers` can hold this model", "blocks.d.activation = swiglu", "--safetensors"],
+        ),
         (("export", "llama", "--hf", "texts"), ["texts is there already, and export overwrites nothing"]),
         (("export", "llama", "--hf", "no/such/place"), ["no such folder to make place in"]),
         (("export", "lama", "--hf", "other"), ["'lama' names no stage of"]),
@@ -151,13 +161,27 @@ def test_greedy_text_is_that_of_full_passes(folder):
 
 
 def test_a_seed_is_a_text(folder):
-    texts = [zexp("sample", "both/llama", "--tokens", "40", "--seed", seed, cwd=folder).stdout for seed in ("1", "1", "2")]
+    texts = [
+        zexp("sample", "both/llama", "--tokens", "40", "--seed", seed, cwd=folder).stdout for seed in ("1", "1", "2")
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert len(texts[0]) > 10
 
 
 def test_ctrl_c_ends_a_sample_cleanly(folder):
-    words = [sys.executable, "-m", "zexp.cli", "sample", "llama", "--tokens", "1000000", "--temperature", "2", "--top-p", "1"]
+    words = [
+        sys.executable,
+        "-m",
+        "zexp.cli",
+        "sample",
+        "llama",
+        "--tokens",
+        "1000000",
+        "--temperature",
+        "2",
+        "--top-p",
+        "1",
+    ]
     process = subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -181,9 +205,13 @@ def checkpoint(folder: Path) -> Path:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=350, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     made.train([str(folder / "texts/sums.txt")], trainer)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder / "in")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder / "in"
+    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=360, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=44,
@@ -213,7 +241,10 @@ def test_a_training_that_starts_from_a_checkpoint(folder):
     # The first step's loss is computed with the checkpoint's own weights, on the first windows of the corpus.
     [entry] = semantic["streams"]
     bins = windows.open(store, entry["packing"])
-    tokens, documents = (torch.stack(part) for part in zip(*(map(torch.as_tensor, one) for one in _first(store, trained.id, bins)), strict=True))
+    tokens, documents = (
+        torch.stack(part)
+        for part in zip(*(map(torch.as_tensor, one) for one in _first(store, trained.id, bins)), strict=True)
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     assert first["loss"] == pytest.approx(_loss(theirs, tokens, documents), rel=1e-5)
     assert (tokens == 1).any(), "documents begin with the checkpoint's </s>"
@@ -224,7 +255,9 @@ def test_a_training_that_starts_from_a_checkpoint(folder):
     back = transformers.AutoTokenizer.from_pretrained(folder / "again")
     assert (back.eos_token_id, len(back)) == (1, len(transformers.AutoTokenizer.from_pretrained(path)))
     before, after = load_file(path / "model.safetensors"), load_file(folder / "again/model.safetensors")
-    assert {name: tensor.shape for name, tensor in before.items()} == {name: tensor.shape for name, tensor in after.items()}
+    assert {name: tensor.shape for name, tensor in before.items()} == {
+        name: tensor.shape for name, tensor in after.items()
+    }
     assert transformers.AutoConfig.from_pretrained(folder / "again").eos_token_id == 1
 
     # The same content elsewhere is the same run, and a model's own export is a checkpoint as well.
@@ -244,7 +277,9 @@ def test_a_folder_of_ones_own_around_a_checkpoint(folder, tmp_path):
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["variants"] == 2
     counted = json.loads(zexp("calc", "--json", "arch=mine", "corpus=mine", cwd=tmp_path / "around").stdout)
-    assert counted["parameters"]["total"] == sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+    assert counted["parameters"]["total"] == sum(
+        tensor.numel() for tensor in load_file(path / "model.safetensors").values()
+    )
     refused = zexp("init", "other", "--from-hf", str(folder / "texts"), cwd=tmp_path)
     assert refused.returncode == 2 and "has no config.json" in refused.stderr
     assert not (tmp_path / "other").exists()

@@ -99,7 +99,7 @@ def _texts() -> dict[str, str]:
 
 
 def _from_checkpoint(path: Path) -> dict[str, str]:
-    """Architecture, corpus and study that go on from a folder of `transformers`'. Raises ConfigError if it is not whole."""
+    """Architecture, corpus and study that go on from such a folder. Raises ConfigError if it is not whole."""
     key = "--from-hf"
     found = checkpoints.read(path, key)
     family = family_for(found.config, found.where)
@@ -116,8 +116,9 @@ def _from_checkpoint(path: Path) -> dict[str, str]:
     tokenizer = "tokenizer: {kind: bpe, vocab_size: 512}\n"
     seq_len = "seq_len: 128\n"
     assert tokenizer in CORPUS and seq_len in STUDY
+    title = f"# What {found.where} describes, a {family.class_name}. `zexp calc arch=mine` counts it.\n"
     return {
-        "conf/arch/mine.yaml": f"# What {found.where} describes, a {family.class_name}. `zexp calc arch=mine` counts it.\n{written}",
+        "conf/arch/mine.yaml": title + written,
         "conf/corpus/mine.yaml": CORPUS.replace(tokenizer, f"tokenizer: {{kind: hf, path: {where}}}\n"),
         "conf/sweeps/mine.yaml": STUDY.replace(seq_len, f"init: {{from_hf: {where}}}\n{seq_len}").replace(
             "schedule: {", "schedule: {peak_lr: 3e-4, "

@@ -26,7 +26,9 @@ def folder(tmp_path) -> Path:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
     made.train_from_iterator([TEXT], trainer)
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     made.enable_truncation(4)
@@ -85,7 +87,9 @@ def test_a_corpus_is_in_its_ids(folder, store, tmp_path):
     assert ids == plain.encode(text, add_special_tokens=False).ids and len(ids) > 0
     assert 2 not in tokenizer.encode(loaded, ["</s> is text"])[0], "what stands in a text is text"
     (tmp_path / "a.txt").write_text(TEXT)
-    source = recipe.source_semantic("mine", {"kind": "text", "files": "a.txt", "documents": "line"}, store_root=store.root, directory=tmp_path)
+    source = recipe.source_semantic(
+        "mine", {"kind": "text", "files": "a.txt", "documents": "line"}, store_root=store.root, directory=tmp_path
+    )
     from zexp.data import corpus, packing
 
     last = None

@@ -80,7 +80,15 @@ def test_hardly_any_temperature_and_a_tiny_nucleus_are_greedy(model):
 
 def test_the_nucleus_of_a_known_distribution():
     probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    for top_p, kept in ((0.39, [1]), (0.4, [1]), (0.41, [1, 3]), (0.7, [1, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])):
+    for top_p, kept in (
+        (0.39, [1]),
+        (0.4, [1]),
+        (0.41, [1, 3]),
+        (0.7, [1, 3]),
+        (0.75, [1, 2, 3]),
+        (0.95, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ):
         assert nucleus(probabilities.double(), top_p).nonzero().flatten().tolist() == kept, top_p
 
 
@@ -103,7 +111,9 @@ def bytewise() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+    )
     return tokenizer
 
 
@@ -138,4 +148,6 @@ def test_text_comes_as_soon_as_it_is_sure(bytewise):
 
     arrivals = [(piece, len(seen)) for piece in text_of(bytewise, watched())]
     assert arrivals == [("a", 0), ("b", 1), ("𝄞", 5), ("c", 6)]
-    assert list(text_of(bytewise, itertools.islice(iter(ids), 4))) == ["a", "b", "\ufffd"], "what never becomes whole is said at the end"
+    assert list(text_of(bytewise, itertools.islice(iter(ids), 4))) == ["a", "b", "\ufffd"], (
+        "what never becomes whole is said at the end"
+    )

@@ -23,7 +23,11 @@ TINY = {
     "width": 16,
     "blocks": {"a": {"heads": 2}, "d": {"width": 24}},
 }
-ARCH = ("arch.pattern=a d", "arch.width=16", "arch.blocks={a:{heads:2,rope_theta:10000.0},d:{width:24,activation:swiglu}}")
+ARCH = (
+    "arch.pattern=a d",
+    "arch.width=16",
+    "arch.blocks={a:{heads:2,rope_theta:10000.0},d:{width:24,activation:swiglu}}",
+)
 
 
 @pytest.fixture
@@ -76,7 +80,11 @@ def test_a_seed_orders_the_data_alone(directory):
         (("init.from_hf=in", "seeds.init=3"), ["seeds.init = 3 draws no weights"]),
         (
             ("init.from_hf=in", "arch.blocks.a.heads=4", "arch.blocks.d.width=32"),
-            ["arch.blocks.a.heads = 4", "num_attention_heads: 2. Set arch.blocks.a.heads=2.", "arch.blocks.d.width = 32"],
+            [
+                "arch.blocks.a.heads = 4",
+                "num_attention_heads: 2. Set arch.blocks.a.heads=2.",
+                "arch.blocks.d.width = 32",
+            ],
         ),
         (("init.from_hf=in", "arch.pattern=a d a d"), ["has 2 layers, a d; the pattern has 4"]),
         (("init.from_hf=in", "+arch.vocab_size=320"), ["arch.vocab_size = 320", "vocab_size: 300"]),

@@ -29,7 +29,10 @@ def trajectory(store, number, *tokens):
 
 def study(store, name, variants, pretrained=()):
     rows = [
-        [{"name": key, "row": key.split(",seed")[0], "segments": [f"{short(folder.id)}@{tokens}"]} for key, folder, tokens in part]
+        [
+            {"name": key, "row": key.split(",seed")[0], "segments": [f"{short(folder.id)}@{tokens}"]}
+            for key, folder, tokens in part
+        ]
         for part in (variants, pretrained)
     ]
     store.study(name).mkdir(parents=True)

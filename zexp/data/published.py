@@ -110,10 +110,13 @@ def _eod_id(said: str | None, folder: Path, ids: Mapping[str, int]) -> int:
             break
     if token is None:
         raise ConfigError(
-            f"{KEY}: no file of {folder} names an eos_token. Say which token ends a document: corpus.tokenizer.eod='<...>'."
+            f"{KEY}: no file of {folder} names an eos_token. "
+            "Say which token ends a document: corpus.tokenizer.eod='<...>'."
         )
     if token not in ids:
-        raise ConfigError(f"{where} = {token!r} is no token of {folder / TOKENIZER}. Set corpus.tokenizer.eod to one of its tokens.")
+        raise ConfigError(
+            f"{where} = {token!r} is no token of {folder / TOKENIZER}. Set corpus.tokenizer.eod to one of its tokens."
+        )
     return ids[token]
 
 

@@ -65,12 +65,16 @@ def state(store: Store, said: str) -> State:
         id, tokens = said, _tokens_said(said)
     folder = _folder(store, id)
     if folder.kind != "trajectory":
-        raise ConfigError(f"{said!r} names {folder}, which is no model. Name a variant, a segment's stage or its folder.")
+        raise ConfigError(
+            f"{said!r} names {folder}, which is no model. Name a variant, a segment's stage or its folder."
+        )
     there = folder.states()
     if tokens is None and there:
         tokens = there[-1]
     if tokens is None or tokens not in there:
-        known = f"It has states at {', '.join(f'{one:,}' for one in there)} tokens." if there else "It has no state yet."
+        known = (
+            f"It has states at {', '.join(f'{one:,}' for one in there)} tokens." if there else "It has no state yet."
+        )
         wanted = "" if tokens is None else f" at {tokens:,} tokens"
         raise ConfigError(f"{said!r}: {folder} has no state{wanted}. {known} `zexp run` trains what is missing.")
     return State(folder, tokens)
@@ -125,7 +129,9 @@ def _folder(store: Store, said: str) -> StageFolder:
     found = store.find(said.partition("@")[0])
     if len(found) != 1:
         if not found:
-            raise ConfigError(f"{said!r} names no stage of {store.root}. `zexp status STUDY` lists the stages with their ids.")
+            raise ConfigError(
+                f"{said!r} names no stage of {store.root}. `zexp status STUDY` lists the stages with their ids."
+            )
         candidates = ", ".join(str(folder) for folder in found[:SHOWN])
         raise ConfigError(f"{said!r} names {len(found)} stages: {candidates}. Give more digits.")
     return found[0]

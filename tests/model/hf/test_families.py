@@ -41,7 +41,11 @@ def spread_out(model: torch.nn.Module) -> None:
         for name, tensor in model.named_parameters():
             if "norm" in name:
                 tensor.uniform_(0.5, 1.5)
-            elif ((tensor.dim() > 1 and "A_log" not in name) or name.endswith("bias")) and "conv" not in name and "dt_" not in name:
+            elif (
+                ((tensor.dim() > 1 and "A_log" not in name) or name.endswith("bias"))
+                and "conv" not in name
+                and "dt_" not in name
+            ):
                 tensor.normal_(0, 0.2)
         for name, tensor in model.named_buffers():
             if name.endswith(("choice_bias", "e_score_correction_bias")):
@@ -63,7 +67,9 @@ def written(model: LanguageModel, semantic: dict[str, Any], target: Path, **more
 
 
 def loaded(path: Path) -> Any:
-    model, facts = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    model, facts = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(facts.values()), facts
     return model.eval()
 
@@ -267,7 +273,11 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named(checkpoint):
 def test_keys_that_config_json_contradicts_are_all_named(checkpoint):
     path, semantic = checkpoint
     config = json.loads((path / "config.json").read_text())
-    config |= {"num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    config |= {
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }
     (path / "config.json").write_text(json.dumps(config))
     text = refusal(path, semantic)
     assert "arch.blocks.a.kv_heads = 2" in text and "num_key_value_heads: 1. Set arch.blocks.a.kv_heads=1." in text

@@ -52,7 +52,9 @@ def tensors(parts: Parts) -> Iterator[Piece]:
 
 def limits(parts: Parts) -> list[str]:
     """It has both: BambaConfig checks sizes of Mamba2, and a pass asks attention's cache."""
-    return some_attention(parts) + ([] if "m" in parts.letters else ["arch.pattern: no layer is 'm', and a Bamba has some."])
+    return some_attention(parts) + (
+        [] if "m" in parts.letters else ["arch.pattern: no layer is 'm', and a Bamba has some."]
+    )
 
 
 NAMES = {

@@ -1,4 +1,4 @@
-"""The pieces' tensors, one way and the other, and whole checkpoints of them. Nothing is computed, so both ways are exact."""
+"""The pieces' tensors, one way and the other, and whole checkpoints. Nothing is computed: both ways are exact."""
 
 from __future__ import annotations
 

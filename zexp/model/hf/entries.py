@@ -219,4 +219,3 @@ def _finite(value: Any) -> float | None:
         value = value.get("__float__")
     number = None if value is None else float(value)
     return None if number == float("inf") else number
-

@@ -1,7 +1,7 @@
 """A model as a folder of files that other tools load. `transformers` is not needed to write it.
 
-    --hf:           config.json, generation_config.json, model.safetensors (or several and their index), the tokenizer
-    --safetensors:  model.safetensors under zexp's names, model.json (the model's semantic block), the tokenizer
+--hf:           config.json, generation_config.json, model.safetensors (or several and their index), the tokenizer
+--safetensors:  model.safetensors under zexp's names, model.json (the model's semantic block), the tokenizer
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class Family:
             raise Unreadable(str(error)) from error
 
     def differences(self, config: Config, model: Mapping[str, Any], where: str) -> list[str]:
-        """The keys of a model that a checkpoint's config.json contradicts, one text each. where: what to call the file."""
+        """The keys of a model that a config.json contradicts, one text each. where: what to call the file."""
         try:
             theirs = Parts(self.resolved(config))
         except Unreadable as error:
@@ -179,7 +179,9 @@ class Family:
             if value == other or path in self.free or value in (self.tolerated or {}).get(path, ()):
                 continue
             key = f"{keys[path]}: " if keys.get(path) else f"a {self.class_name} has "
-            found.append(f"arch.{path} = {said(value)}, but {where} says {key}{said(other)}. Set arch.{path}={said(other)}.")
+            found.append(
+                f"arch.{path} = {said(value)}, but {where} says {key}{said(other)}. Set arch.{path}={said(other)}."
+            )
         return found
 
     def misplaced(self, parts: Parts) -> list[int]:
@@ -205,8 +207,10 @@ class Family:
 
 
 def some_attention(parts: Parts) -> list[str]:
-    """Of the hybrids whose pass asks a cache for its length, which only an attention layer can tell (transformers 5.24)."""
-    return [] if "a" in parts.letters else ["arch.pattern: no layer is 'a', and this class runs with some attention only."]
+    """For hybrids whose pass asks a cache for its length, which an attention layer alone can tell (transformers 5.24)."""
+    return (
+        [] if "a" in parts.letters else ["arch.pattern: no layer is 'a', and this class runs with some attention only."]
+    )
 
 
 def counted(unit: Layer) -> tuple[Callable[[Sequence[Layer]], dict[str, Any]], Callable[[Config], list[Layer]]]:

@@ -97,7 +97,7 @@ def check(folder: Folder, model: Mapping[str, Any], key: str) -> Family:
 
 
 def init_semantic(folder: Folder, family: Family, cache: DigestCache) -> dict[str, Any]:
-    """What stands in a root segment for initial weights out of the folder: {from_hf, numerics}. By content, wherever it lies."""
+    """What stands in a root segment for weights out of the folder: {from_hf, numerics}. By content, wherever it lies."""
     found = file_fingerprint(((file.name, file) for file in folder.files), cache)
     return {"from_hf": {"model_type": family.model_type, **found}, "numerics": dict(NUMERICS)}
 
@@ -114,9 +114,14 @@ def tensor_problems(folder: Folder, family: Family, pieces: list[Piece], key: st
             for name in there:
                 stored = folder.tensors[name]
                 if stored.shape != theirs.shape:
-                    problems.append(f"{key}: {name} is {list(stored.shape)} in {stored.file.name}; the model needs {list(theirs.shape)}.")
+                    problems.append(
+                        f"{key}: {name} is {list(stored.shape)} in {stored.file.name}; "
+                        f"the model needs {list(theirs.shape)}."
+                    )
                 elif stored.dtype not in DTYPES:
-                    problems.append(f"{key}: {name} holds {stored.dtype} in {stored.file.name}; zexp reads {', '.join(DTYPES)}.")
+                    problems.append(
+                        f"{key}: {name} holds {stored.dtype} in {stored.file.name}; zexp reads {', '.join(DTYPES)}."
+                    )
     ignored = re.compile("|".join(family.ignored)) if family.ignored else None
     surplus = [
         name for name in sorted(folder.tensors) if name not in expected and not (ignored and ignored.fullmatch(name))
@@ -150,7 +155,10 @@ def _header(file: Path, key: str) -> dict[str, Any]:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{key}: {file} has no safetensors header: {error}") from error
     if 8 + length + end != size:
-        raise ConfigError(f"{key}: {file} has {size} bytes, and its header describes {8 + length + end}. It is cut off; copy it again.")
+        raise ConfigError(
+            f"{key}: {file} has {size} bytes, and its header describes {8 + length + end}. "
+            "It is cut off; copy it again."
+        )
     return dict(header)
 
 

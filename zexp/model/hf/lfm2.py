@@ -23,7 +23,9 @@ def unlayers(config: Config) -> list[Layer]:
     if said is None:
         everywhere = range(count(config))
         attention = config.get("full_attn_idxs")
-        return [("a" if index in (everywhere if attention is None else attention) else "c", "d") for index in everywhere]
+        return [
+            ("a" if index in (everywhere if attention is None else attention) else "c", "d") for index in everywhere
+        ]
     back = {theirs: ours for ours, theirs in KINDS.items()}
     if strange := sorted(set(said) - set(back)):
         raise Unreadable(f"layer_types has {', '.join(strange)}: zexp knows {', '.join(back)}.")

@@ -24,7 +24,9 @@ class Heads(Entry):
 
     def write(self, flat: Flat) -> dict[str, Any]:
         at = "blocks.m."
-        return {self.theirs: flat[at + "expand"] * flat["width"] // flat[at + "head_dim"]} if at + "expand" in flat else {}
+        return (
+            {self.theirs: flat[at + "expand"] * flat["width"] // flat[at + "head_dim"]} if at + "expand" in flat else {}
+        )
 
     def read(self, config: Config) -> Flat:
         return {}
@@ -48,7 +50,13 @@ def tensors(parts: Parts) -> Iterator[Piece]:
 
 
 _layers, _unlayers = counted(("m",))
-NAMES = {"expand": "expand", "state_size": "state_size", "groups": "n_groups", "conv_width": "conv_kernel", "chunk": "chunk_size"}
+NAMES = {
+    "expand": "expand",
+    "state_size": "state_size",
+    "groups": "n_groups",
+    "conv_width": "conv_kernel",
+    "chunk": "chunk_size",
+}
 
 FAMILY = Family(
     model_type="mamba2",

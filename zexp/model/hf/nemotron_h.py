@@ -30,7 +30,9 @@ def unlayers(config: Config) -> list[Layer]:
     if said is None:
         written = config.get("hybrid_override_pattern")
         if not written or set(written) - set(LETTERS):
-            raise Unreadable(f"hybrid_override_pattern = {written!r} and no layers_block_type: M, *, - and E are expected.")
+            raise Unreadable(
+                f"hybrid_override_pattern = {written!r} and no layers_block_type: M, *, - and E are expected."
+            )
         return [(LETTERS[char],) for char in written]
     back = {theirs: ours for ours, theirs in KINDS.items()}
     names = [OLD_NAMES.get(kind, kind) for kind in said]
@@ -40,13 +42,15 @@ def unlayers(config: Config) -> list[Layer]:
 
 
 class MambaHeads(Same):
-    """The heads of Mamba2 times their width is the inner width, whatever `expand` says; ours is a multiple of the width."""
+    """Heads times their width is the inner width, whatever `expand` says; ours is a multiple of the model's width."""
 
     def read(self, config: Config) -> dict[str, Any]:
         inner = int(config.get("mamba_num_heads", 128)) * int(config.get("mamba_head_dim", 64))
         expand, rest = divmod(inner, int(config["hidden_size"]))
         if rest or not expand:
-            raise Unreadable(f"mamba_num_heads · mamba_head_dim = {inner} is no multiple of hidden_size = {config['hidden_size']}.")
+            raise Unreadable(
+                f"mamba_num_heads · mamba_head_dim = {inner} is no multiple of hidden_size = {config['hidden_size']}."
+            )
         return {self.path: expand}
 
 
@@ -67,7 +71,9 @@ def tensors(parts: Parts) -> Iterator[Piece]:
             yield pieces.same(f"{ours}.choice_bias", f"{old}.mixer.gate.e_score_correction_bias", spec.experts)
             for name in ("up", "down"):
                 shape = (spec.shared_width, width) if name == "up" else (width, spec.shared_width)
-                yield pieces.same(f"{ours}.shared_{name}.weight", f"{old}.mixer.shared_experts.{name}_proj.weight", *shape)
+                yield pieces.same(
+                    f"{ours}.shared_{name}.weight", f"{old}.mixer.shared_experts.{name}_proj.weight", *shape
+                )
 
 
 def limits(parts: Parts) -> list[str]:
@@ -77,13 +83,21 @@ def limits(parts: Parts) -> list[str]:
     if spec is None:
         return found
     if spec.bias_rate == 0:
-        found.append("arch.blocks.e.bias_rate = 0.0: a NemotronHForCausalLM chooses experts with a bias each; set it above 0.")
+        found.append(
+            "arch.blocks.e.bias_rate = 0.0: a NemotronHForCausalLM chooses experts with a bias each; set it above 0."
+        )
     if spec.shared_width == 0:
         found.append("arch.blocks.e.shared_width = 0: a NemotronHForCausalLM has a shared expert beside the others.")
     return found
 
 
-NAMES = {"expand": "expand", "state_size": "ssm_state_size", "groups": "n_groups", "conv_width": "conv_kernel", "chunk": "chunk_size"}
+NAMES = {
+    "expand": "expand",
+    "state_size": "ssm_state_size",
+    "groups": "n_groups",
+    "conv_width": "conv_kernel",
+    "chunk": "chunk_size",
+}
 
 FAMILY = Family(
     model_type="nemotron_h",

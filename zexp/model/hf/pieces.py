@@ -55,7 +55,9 @@ def attention(ours: str, theirs: str, spec: Attention, width: int, out: str = "o
     assert spec.kv_heads is not None and spec.head_dim is not None, "the spec must be completed"
     rows = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
     names = [f"{theirs}.{name}_proj" for name in "qkv"]
-    yield Piece(f"{ours}.qkv.weight", tuple(Theirs(f"{n}.weight", (r, width)) for n, r in zip(names, rows, strict=True)))
+    yield Piece(
+        f"{ours}.qkv.weight", tuple(Theirs(f"{n}.weight", (r, width)) for n, r in zip(names, rows, strict=True))
+    )
     yield same(f"{ours}.out.weight", f"{theirs}.{out}.weight", width, rows[0])
     if spec.bias:
         yield Piece(f"{ours}.qkv.bias", tuple(Theirs(f"{n}.bias", (r,)) for n, r in zip(names, rows, strict=True)))
@@ -67,7 +69,10 @@ def mlp(
 ) -> Iterator[Piece]:
     """The gate's matrix, up and down; without a gate up and down alone."""
     names = [f"{theirs}.{name}" for name in ((gate, up) if spec.gated else (up,))]
-    kinds: list[tuple[str, Shape]] = [("weight", (spec.width, width)), *([("bias", (spec.width,))] if spec.bias else [])]
+    kinds: list[tuple[str, Shape]] = [
+        ("weight", (spec.width, width)),
+        *([("bias", (spec.width,))] if spec.bias else []),
+    ]
     for kind, shape in kinds:
         yield Piece(f"{ours}.up.{kind}", tuple(Theirs(f"{name}.{kind}", shape) for name in names))
     yield same(f"{ours}.down.weight", f"{theirs}.{down}.weight", width, spec.width)

@@ -52,7 +52,8 @@ def family_of(model: Mapping[str, Any]) -> Family:
     raise ConfigError(
         "\n  ".join(
             [
-                f"no class of `transformers` can hold this model. What does not fit into the nearest, {family.class_name}:",
+                "no class of `transformers` can hold this model. "
+                f"What does not fit into the nearest, {family.class_name}:",
                 *reasons,
                 "zexp export RUN --safetensors DIR writes the weights under zexp's own names.",
             ]

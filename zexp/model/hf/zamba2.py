@@ -1,7 +1,7 @@
 """Zamba2 (`transformers` modeling_zamba2): layers of m and gm, in any order; several shared blocks alternate.
 
-Where dt is clamped: a full forward pass clamps it at time_step_min, decoding does not, and the vendor's code, with which
-the published models were trained, never does. A model of ours without dt_min is written with a time_step_min that bounds
+Where dt is clamped: a full pass clamps it at time_step_min, decoding does not, and the vendor's code, with which the
+published models were trained, never does. A model of ours without dt_min is written with a time_step_min that bounds
 nothing, so that both agree with ours; one with dt_min agrees in full passes. On the way in, dt_min may be null whatever
 the file says: the published files say 0.001.
 """
@@ -98,7 +98,7 @@ def hybrid(mixer: str) -> tuple[Callable[[Sequence[Layer]], dict[str, Any]], Cal
 
 
 def shared(parts: Parts, mixer: str, name: str) -> list[list[str]]:
-    """For each copy of the shared block: where it is called, the first of which holds it in the file. name: its name there."""
+    """For each copy of the shared block where it is called; the first place holds it in the file. name: its name there."""
     calls = [index for index, layer in enumerate(parts.layers) if layer == f"g{mixer}"]
     copies = parts.specs["g"].copies
     return [[f"model.layers.{index}.{name}" for index in calls[copy::copies]] for copy in range(copies)]
