@@ -69,9 +69,10 @@ def test_nothing_looks_ahead(letter, name):
     assert not torch.allclose(before[:, 25:], after[:, 25:])
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @every_table
-def test_packed_documents_are_separate_ones_forward_and_backward(letter, name):
-    model, drawn = spread(built(letter, name)).eval(), tokens()
+def test_packed_documents_are_separate_ones_forward_and_backward(letter, name, training):
+    model, drawn = spread(built(letter, name)).train(training), tokens()
     lengths = [[5, 1, 11, 7, 16], [26, 14]]
     ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
     labels = drawn.roll(-1, 1)
@@ -103,12 +104,13 @@ def test_prefill_then_steps_equal_the_full_forward(letter, name):
 
 
 @every_table
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("seen", [1, 9, 40])
-def test_cache_bytes_are_those_of_a_real_cache(letter, name, seen):
-    model = built(letter, name)  # fp32: four bytes a number
+def test_cache_bytes_are_those_of_a_real_cache(letter, name, seen, dtype):
+    model = built(letter, name).to(dtype)
     cache = model.new_cache(batch=3)
     model.decode(tokens(seen, batch=3), cache)
-    assert calc.cache_bytes(model.semantic, context=seen, element_bytes=4) * 3 == cache.bytes()
+    assert calc.cache_bytes(model.semantic, context=seen, element_bytes=dtype.itemsize) * 3 == cache.bytes()
 
 
 # What a layer that is not the first of its letter reads from the pass's notes: letter -> (spec, batch, length) -> notes.

@@ -24,7 +24,7 @@ from zexp.train.step import backward
 WIDTH, VOCAB = 12, 50
 BALANCES: dict[str, dict[str, Any]] = {
     "aux": {"aux_loss": 0.1},
-    "z": {"aux_loss": 0.0, "z_loss": 0.1},
+    "z": {"aux_loss": 0.001, "z_loss": 0.1},
     "sigmoid aux": {"aux_loss": 0.1, "router": "sigmoid"},
     "sinkhorn": {"aux_loss": 0.0, "sinkhorn_iterations": 5, "router": "sigmoid", "top_k": 1},
     "bias": {"aux_loss": 0.01, "bias_rate": 0.01, "router": "sigmoid"},

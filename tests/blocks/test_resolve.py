@@ -255,3 +255,31 @@ def test_mistakes_of_the_stack_are_reported_at_once():
         "arch.parallel: the pattern has no parallel branches",
     ):
         assert part in str(error.value)
+
+
+def test_a_pattern_that_cannot_be_read_hides_no_mistake_of_the_tables():
+    arch = {"pattern": "2*(a d", "width": 130, "blocks": {"a": {"heads": 3}, "d": {"width": 0}}}
+    with pytest.raises(ConfigError) as error:
+        resolve_model(arch, 16)
+    for part in ("is never closed", "arch.blocks.a.heads = 3: the width 130", "arch.blocks.d.width = 0"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("letter", "table", "said"),
+    [
+        ("a", {"heads": 2, "logit_scale": 0.0}, "a.logit_scale = 0.0: it must be above 0"),
+        ("a", {"heads": 2, "bias": True, "qkv_bias": True}, "a.qkv_bias: arch.blocks.a.bias already gives"),
+        ("x", {"heads": 2, "qk_factor": 1e-9}, "x.qk_factor = 1e-09: 1.6e-08 channels"),
+        ("t", {"heads": 2, "value_expansion": 1e-9}, "t.value_expansion = 1e-09: a value width of 1.6e-08"),
+        ("t", {"heads": 2, "first_decay": 1e-17}, "t.first_decay = 1e-17: gamma = 1 - 2^-1e-17"),
+        ("t", {"heads": 1, "last_decay": 7.0}, "t.last_decay = 7.0: the one head there is"),
+        ("e", {"width": 4, "experts": 1, "top_k": 1}, "e.experts = 1: a softmax over one expert"),
+        ("e", {"width": 4, "aux_loss": 0.0, "routing_group": "document"}, "e.routing_group = document: neither"),
+        ("k", {"head_dim": 8, "lora_rank": {"decay": 0}}, "k.lora_rank.decay = 0: it must be at least 1"),
+    ],
+)
+def test_keys_that_would_do_nothing_or_break_are_refused(letter, table, said):
+    with pytest.raises(ConfigError) as error:
+        resolve_model({"pattern": letter, "width": 16, "blocks": {letter: table}}, 16)
+    assert said in str(error.value)

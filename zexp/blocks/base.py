@@ -84,7 +84,9 @@ class BlockSpec(ABC):
         return 0
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
-        """Cache of fixed size, per layer or call."""
+        """Cache of fixed size, per layer or call. Recurrent states are kept in fp32 at least (scan_bytes), what a
+        convolution or a shift looks back at in the model's own precision.
+        """
         return 0
 
     def cache_bytes(self, width: int, context: int, element_bytes: int) -> int:
@@ -146,6 +148,11 @@ class FeederSpec(BlockSpec):
     def call_tensor_parameters(self, width: int, degree: int) -> int:
         """Of `call_parameters`, those that each of `degree` tensor-parallel devices holds."""
         return self.call_parameters(width)
+
+
+def scan_bytes(element_bytes: int) -> int:
+    """Bytes of one number of a recurrent state in a model whose numbers have element_bytes."""
+    return max(4, element_bytes)
 
 
 def unit_problems(values: dict[str, int], where: str) -> list[str]:

@@ -43,7 +43,9 @@ class BlockLayer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        """(B, T, D) from whole sequences; position t depends on positions up to t of its own document."""
+        """(B, T, D) from whole sequences; position t depends on positions up to t of its own document (but for what
+        balances a router in training: zexp/blocks/moe/spec.py).
+        """
 
     def new_cache(self, batch: int, like: Tensor) -> Cache | None:
         """The memory before the first token of `batch` sequences, on the device and in the dtype of `like`

@@ -200,6 +200,8 @@ class _Reader:
                 )
             self.at += 1
             self._skip_blanks()
+            if len(digits) > len(str(MAX_LAYERS)):  # int() of thousands of digits is refused by Python itself
+                raise self._error(start, f"at character {{}} the model passes {MAX_LAYERS} layers.", "Check the repeats.")
             if not digits.isascii() or int(digits) == 0:
                 raise self._error(
                     start, f"the repeat {digits}* at character {{}} leaves no layer.", "Repeat at least once."

@@ -71,7 +71,9 @@ def resolve_model(arch: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
         problems.add(f"vocab_size = {vocab_size}: it must be at least 1.")
     layers = _layers(arch.get("pattern"), problems)
     own_vocab = arch.get("vocab_size")
-    if own_vocab is not None and own_vocab < vocab_size:
+    if own_vocab is not None and type(own_vocab) is not int:
+        problems.add(f"arch.vocab_size = {own_vocab!r}: an integer or null is expected.")
+    elif own_vocab is not None and own_vocab < vocab_size:
         problems.add(
             f"arch.vocab_size = {own_vocab}: the tokenizer has {vocab_size} tokens, which need an embedding each.\n"
             f"  Set arch.vocab_size to null (the tokenizer's) or at least {vocab_size}, or choose a smaller "
@@ -151,7 +153,8 @@ def _specs(
     layers: list[str], tables: Mapping[str, Any], width: int | None, problems: Problems, stored: bool = False
 ) -> dict[str, BlockSpec]:
     """A spec for every known letter of the layers, completed and checked as far as the width is known."""
-    used = pattern.letters(layers)
+    # Of a pattern that could not be read, the tables are checked all the same.
+    used = pattern.letters(layers) if layers else [letter for letter in tables if letter in TABLE]
     for letter in used:
         if letter not in TABLE:
             known = ", ".join(f"{name} ({spec_class(name).NAME})" for name in TABLE)

@@ -4,7 +4,7 @@
     LAYERS   the layers to write the letter as, where it is not the letter alone ("gm" of a shared block)
     WITH     tables of other letters that those layers need
 
-and the tests of what all blocks promise (tests/blocks/test_contract.py, tests/model/test_decode.py) run over all.
+and the tests of what all blocks promise (tests/blocks/test_contract.py, tests/model/test_mixed_patterns.py) run over all.
 """
 
 from __future__ import annotations

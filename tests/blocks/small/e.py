@@ -5,7 +5,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "jamba": {"width": 12, "experts": 5, "top_k": 3, "normalise": False, "aux_loss": 0.0, "activation": "gelu_tanh"},
     "blackmamba": {
         "width": 12, "experts": 4, "top_k": 1, "router": "sigmoid", "router_bias": True, "activation": "geglu_erf",
-        "aux_loss": 0.0, "sinkhorn_iterations": 4,
+        "aux_loss": 0.0, "sinkhorn_iterations": 4, "routing_group": "document",
     },
     "deepseek": {
         "width": 8, "experts": 6, "top_k": 2, "router": "sigmoid", "routed_scale": 2.5, "bias_rate": 0.001,

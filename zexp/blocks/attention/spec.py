@@ -68,6 +68,10 @@ class Spec(BlockSpec):
                 f"{where}.kv_heads = {self.kv_heads}: {self.heads} query heads cannot share {self.kv_heads} evenly.\n"
                 f"  Choose a divisor of {self.heads}."
             )
+        if self.logit_scale is not None and self.logit_scale <= 0:
+            found.append(f"{where}.logit_scale = {self.logit_scale}: it must be above 0, or null for head_dim^-0.5.")
+        if self.bias and self.qkv_bias:
+            found.append(f"{where}.qkv_bias: {where}.bias already gives queries, keys and values a bias. Set one of them.")
         return found + self._rope_problems(width, where)
 
     def _rope_problems(self, width: int, where: str) -> list[str]:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from zexp.blocks.base import BlockSpec, Role, unit_problems
+from zexp.blocks.base import BlockSpec, Role, scan_bytes, unit_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,4 +133,5 @@ class Spec(BlockSpec):
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
         _, keys, heads, values = self.sizes(width)
-        return (heads * keys * values + self.splits(width)[0] * self.conv_width) * element_bytes
+        convolved = self.splits(width)[0] * self.conv_width
+        return heads * keys * values * scan_bytes(element_bytes) + convolved * element_bytes

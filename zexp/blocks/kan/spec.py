@@ -17,8 +17,9 @@ class Spec(BlockSpec):
     phi(x) = w · base(x) + Σ_j c_j B_j(x). The paper's scale w_s of the spline is part of its c_j.
 
     width: F. grid: intervals of the uniform grid. order: of the B-splines (3 = cubic). range: the grid covers
-    [-range, range] and stays there (the paper moves it to where the inputs are; here a norm puts them there). It goes on for
-    `order` intervals on either side: outside of the range the splines fade, and w · base(x) is left.
+    [-range, range] and stays there, where the paper moves it to the inputs. It goes on for `order` intervals on either side:
+    outside of the range the splines fade, and w · base(x) is left. A normed input has a deviation of 1, so a range of 1
+    leaves a third of the first layer's inputs to the fading ends.
     base: the function beside the splines.
     """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from zexp.blocks.base import BlockSpec, Role, unit_problems
+from zexp.blocks.base import BlockSpec, Role, scan_bytes, unit_problems
 from zexp.kernels.selective_scan.sizes import CHUNK
 
 
@@ -96,4 +96,4 @@ class Spec(BlockSpec):
         return width + convolved + selected + scan + gated
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
-        return self.inner(width) * (self.state_size + self.conv_width) * element_bytes
+        return self.inner(width) * (self.state_size * scan_bytes(element_bytes) + self.conv_width * element_bytes)

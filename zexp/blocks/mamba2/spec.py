@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zexp.blocks.base import BlockSpec, Role, unit_problems
+from zexp.blocks.base import BlockSpec, Role, scan_bytes, unit_problems
 from zexp.config.identity import semantic
 
 
@@ -124,4 +124,5 @@ class Spec(BlockSpec):
         return width + convolved + scan + steps + clamped + gated
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
-        return (self.inner(width) * self.state_size + self.conv_channels(width) * self.conv_width) * element_bytes
+        convolved = self.conv_channels(width) * self.conv_width
+        return self.inner(width) * self.state_size * scan_bytes(element_bytes) + convolved * element_bytes

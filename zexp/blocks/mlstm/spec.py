@@ -10,14 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zexp.blocks.base import BlockSpec, Role, unit_problems
+from zexp.blocks.base import BlockSpec, Role, scan_bytes, unit_problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(BlockSpec):
     """mLSTM (Beck et al. 2024, arXiv:2405.04517, section 2.3) in the block of xLSTM-7B (arXiv:2503.13427, section 3).
 
-    heads: H. qk_factor, value_factor: K / D and I / D.
+    heads: H. qk_factor, value_factor: K / D and I / D, the projection factors; the first paper's block, which projects
+    up by 2 before the cell, is value_factor 2 without its convolution and skip, which xLSTM-7B dropped.
     gate_softcap: c, the input and forget gates' preactivations become c · tanh(x / c); null = not.
     input_bias: what the input gates' biases start at. They are exponents: -10 keeps early gradients small.
     chunk: Q, tokens per block of the chunked algorithm; it changes speed and last bits only.
@@ -53,7 +54,9 @@ class Spec(BlockSpec):
             inner = factor * width
             if factor <= 0:
                 found.append(f"{where}.{key} = {factor}: it must be above 0.")
-            elif self.heads > 0 and (not math.isclose(inner, round(inner), abs_tol=1e-6) or round(inner) % self.heads):
+            elif self.heads > 0 and (
+                round(inner) < 1 or not math.isclose(inner, round(inner), abs_tol=1e-6) or round(inner) % self.heads
+            ):
                 found.append(
                     f"{where}.{key} = {factor}: {inner:g} channels ({factor:g} × width {width}) cannot be cut into "
                     f"{self.heads} heads.\n  Choose a multiple of {self.heads / width:g}."
@@ -92,10 +95,14 @@ class Spec(BlockSpec):
         projected = 2 * keys + 2 * values
         # Capped gates and, with a cap, its tanh; the forget gates' logarithm and its buffer.
         gates = self.heads * (6 if self.gate_softcap is not None else 4)
-        states = (math.ceil(seq_len / self.chunk) - 1) * self.state_bytes(width, element_bytes=1) / seq_len
+        states = (math.ceil(seq_len / self.chunk) - 1) * self._state(width) / seq_len
         # Two inverse denominators a head; the cell's output; two numbers a head of its norm; the gated norm.
         return width + projected + gates + states + 2 * self.heads + values + 2 * self.heads + values
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
+        return self._state(width) * scan_bytes(element_bytes)
+
+    def _state(self, width: int) -> int:
+        """Numbers of memory, normaliser and stabiliser."""
         keys = self.keys(width)
-        return (keys * self.values(width) // self.heads + keys + self.heads) * element_bytes
+        return keys * self.values(width) // self.heads + keys + self.heads

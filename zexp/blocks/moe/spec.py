@@ -35,6 +35,7 @@ class Spec(BlockSpec):
     bias_rate: above 0, experts are chosen by their probability plus a bias each, which moves by bias_rate after every
     optimizer step: up if the expert had less than the mean load of the global batch, down if more (Wang et al. 2024,
     arXiv:2408.15664, algorithm 1). The biases are part of a state. 0 = not.
+    Sinkhorn lets a token's experts depend on the other tokens of its group in training, later ones included.
     routing_group: what aux_loss and Sinkhorn are computed over: each sequence, or each of its documents (where
     document_mask is off, nothing tells the model where one ends: the sequence).
 
@@ -93,6 +94,16 @@ class Spec(BlockSpec):
             found.append(
                 f"{where}: sinkhorn_iterations = {self.sinkhorn_iterations} and bias_rate = {self.bias_rate} both say "
                 "how experts are chosen.\n  Set one of them to 0."
+            )
+        if self.experts == 1 and self.router == "softmax":
+            found.append(
+                f"{where}.experts = 1: a softmax over one expert is always 1, and the router would learn nothing.\n"
+                "  Choose more experts, or write the layer as an MLP (d)."
+            )
+        if self.routing_group == "document" and self.aux_loss == 0 and self.sinkhorn_iterations == 0:
+            found.append(
+                f"{where}.routing_group = document: neither aux_loss nor sinkhorn_iterations is above 0, so nothing is "
+                "computed over groups.\n  Leave routing_group out, or set one of them."
             )
         if self.shared_gate and self.shared_width == 0:
             found.append(

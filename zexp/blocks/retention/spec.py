@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from zexp.blocks.base import BlockSpec, Role, unit_problems
+from zexp.blocks.base import BlockSpec, Role, scan_bytes, unit_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,6 @@ class Spec(BlockSpec):
         return round(self.value_expansion * width)
 
     @property
-    def scale(self) -> float:
-        """What queries times keys are multiplied by, times sqrt(D)."""
-        return math.sqrt(self.heads)
-
-    @property
     def log_decays(self) -> tuple[float, ...]:
         """log gamma of each head; the spec must be completed."""
         assert self.last_decay is not None, "the spec must be completed"
@@ -71,8 +66,16 @@ class Spec(BlockSpec):
             found.append(f"{where}.rope_theta = {self.rope_theta}: it must be above 0, or null for no positions.")
         for key in ("first_decay", "last_decay"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
-                found.append(f"{where}.{key} = {value}: gamma = 1 - 2^-{value} must be above 0; choose more than 0.")
+            if value is not None and not 0 < 2.0**-value < 1:
+                found.append(
+                    f"{where}.{key} = {value}: gamma = 1 - 2^-{value:g} must be above 0 and below 1.\n"
+                    "  Choose more than 0; heads that hardly forget have 9 to 16."
+                )
+        if self.heads == 1 and self.last_decay not in (None, self.first_decay):
+            found.append(
+                f"{where}.last_decay = {self.last_decay}: the one head there is has first_decay = {self.first_decay}.\n"
+                "  Leave last_decay out, or choose more heads."
+            )
         if found:
             return found
         if width % self.heads:
@@ -86,7 +89,7 @@ class Spec(BlockSpec):
                 f"{width // self.heads}.\n  Choose a number of heads that leaves an even width, or rope_theta null."
             )
         inner = self.value_expansion * width
-        if not math.isclose(inner, round(inner), abs_tol=1e-6) or round(inner) % self.heads:
+        if round(inner) < 1 or not math.isclose(inner, round(inner), abs_tol=1e-6) or round(inner) % self.heads:
             found.append(
                 f"{where}.value_expansion = {self.value_expansion}: a value width of {inner:g} ({self.value_expansion:g} × "
                 f"width {width}) cannot be cut into {self.heads} heads.\n"
@@ -128,4 +131,4 @@ class Spec(BlockSpec):
         return width + projected + turned + states + inner + self.heads + inner
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
-        return width // self.heads * self.values(width) * element_bytes
+        return width // self.heads * self.values(width) * scan_bytes(element_bytes)

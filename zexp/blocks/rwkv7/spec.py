@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from zexp.blocks.base import BlockSpec, Role, unit_problems
+from zexp.blocks.base import BlockSpec, Role, scan_bytes, unit_problems
 from zexp.kernels.wkv7.chunk import CHUNK
 
 
@@ -95,4 +95,4 @@ class Spec(BlockSpec):
         return shifted + scan + states + residual + out + self.ranks + 4 * self.heads(width)
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
-        return (width * self.head_dim + width) * element_bytes
+        return width * self.head_dim * scan_bytes(element_bytes) + width * element_bytes

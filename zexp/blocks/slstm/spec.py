@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zexp.blocks.base import BlockSpec, Role, unit_problems
+from zexp.blocks.base import BlockSpec, Role, scan_bytes, unit_problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(BlockSpec):
     """sLSTM (Beck et al. 2024, arXiv:2405.04517, section 2.2) in the block of its figure 10.
 
-    The MLP that the figure draws behind it (GeGLU, 4/3 of the width) is a layer of its own: 's d'.
+    The MLP that the figure draws behind it (GeGLU, projection factor 4/3) is a layer of its own: 's d', with d's width.
     heads: H; all matrices are block-diagonal, a block a head, and a head's memory is its own.
     conv_width: K, positions that the causal convolution before the input and forget gates sees, itself included;
     null = no convolution.
@@ -65,4 +65,4 @@ class Spec(BlockSpec):
         return width + convolved + 6 * width + 2 * self.heads
 
     def state_bytes(self, width: int, element_bytes: int) -> int:
-        return (3 + (self.conv_width or 0)) * width * element_bytes
+        return 3 * width * scan_bytes(element_bytes) + (self.conv_width or 0) * width * element_bytes
