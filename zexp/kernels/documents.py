@@ -1,14 +1,17 @@
-"""Document boundaries of a batch, and the masks that operations derive from them.
+"""Document boundaries of a batch, and what operations derive from them: made once, for all layers and both passes.
 
 B batch · T positions. Ids are compared, never turned into -inf decays: those make NaN in cumulative sums.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 class Documents:
@@ -19,25 +22,25 @@ class Documents:
 
     def __init__(self, ids_BT: Tensor):
         self.ids_BT = ids_BT
-        self._same: dict[int, Tensor] = {}
-        self._biases: dict[torch.dtype, Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made at the first call with `key`, which holds all that it depends on besides the ids.
+
+        All callers get the same object: none may write into it. It lives as long as the batch.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def same_as_before(self, shift: int) -> Tensor:
         """Whether position t and position t - shift are one document, for t = shift .. T - 1: (B, T - shift) bool."""
-        if shift not in self._same:
-            self._same[shift] = self.ids_BT[:, shift:] == self.ids_BT[:, : self.ids_BT.shape[1] - shift]
-        return self._same[shift]
+        ids_BT = self.ids_BT
+        return self.once(("same", shift), lambda: ids_BT[:, shift:] == ids_BT[:, : ids_BT.shape[1] - shift])
 
-    def causal_bias(self, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores: 0 where causal_mask_BTT is true, -inf elsewhere, (B, T, T). One for all layers:
-        from a mask of booleans each would make, and keep for its backward pass, one of its own.
-        """
-        if dtype not in self._biases:
-            zeros = torch.zeros(self.causal_mask_BTT.shape, dtype=dtype, device=self.ids_BT.device)
-            self._biases[dtype] = zeros.masked_fill_(~self.causal_mask_BTT, float("-inf"))
-        return self._biases[dtype]
-
-    @cached_property
-    def causal_mask_BTT(self) -> Tensor:
-        """Whether query t (dim 1) may see key s (dim 2): the same document and s <= t."""
-        return (self.ids_BT[:, :, None] == self.ids_BT[:, None, :]).tril()
+    def padded(self, multiple: int) -> Tensor:
+        """The ids of rows that are padded at the end to a multiple of so many positions, by more of the last document."""
+        missing = -self.ids_BT.shape[1] % multiple
+        if not missing:
+            return self.ids_BT
+        return torch.cat((self.ids_BT, self.ids_BT[:, -1:].expand(-1, missing)), dim=1)

@@ -5,6 +5,8 @@ B batch · T queries · S keys · H query heads · G key-value heads · P head w
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,10 +36,9 @@ def attention(
     if window is not None and queries == keys and 2 * window < queries:
         return _in_blocks(q_BTHP, k_BSGP, v_BSGP, scale, window, documents)
     if documents is not None:
-        if window is None:
-            return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, documents.causal_bias(q_BTHP.dtype)[:, None])
-        mask = documents.causal_mask_BTT[:, None] & _band(queries, keys, window, q_BTHP.device)
-        return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, mask)
+        return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, _bias_of_documents(documents, window, q_BTHP.dtype))
+    if window is not None and queries == keys:
+        return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, _bias_of_window(keys, window, q_BTHP.device, q_BTHP.dtype))
     if window is not None or 1 < queries < keys:
         return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, _band(queries, keys, window, q_BTHP.device))
     return _sdpa(q_BTHP, k_BSGP, v_BSGP, scale, None, is_causal=queries == keys)
@@ -63,6 +64,61 @@ def _band(queries: int, keys: int, window: int | None, device: torch.device) -> 
     return mask if window is None else mask.triu(keys - queries - window + 1)
 
 
+# What is added to the scores, made once and taken by all layers. From a mask of booleans each layer would make a bias of
+# its own and keep it for its backward pass. Evaluation may be what makes one, so they are made outside of its inference
+# mode: else no backward pass could keep them.
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `seen` is true, -inf elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+@lru_cache(maxsize=2)
+def _bias_of_window(length: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(T, T)."""
+    with torch.inference_mode(False):
+        return _bias(_band(length, length, window, device), dtype)
+
+
+@lru_cache(maxsize=2)
+def _bias_of_blocks(batch: int, blocks: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(B·C, 1, W, 2W)."""
+    with torch.inference_mode(False):
+        return _bias(_band_in_blocks(blocks, window, device).repeat(batch, 1, 1), dtype)[:, None]
+
+
+def _bias_of_documents(documents: Documents, window: int | None, dtype: torch.dtype) -> Tensor:
+    """(B, 1, T, T)."""
+    ids_BT = documents.ids_BT
+
+    def make() -> Tensor:
+        seen = ids_BT[:, :, None] == ids_BT[:, None, :]
+        return _bias(seen & _band(ids_BT.shape[1], ids_BT.shape[1], window, ids_BT.device), dtype)[:, None]
+
+    return documents.once(("attention", window, dtype), make)
+
+
+def _bias_of_documents_in_blocks(documents: Documents, window: int, dtype: torch.dtype) -> Tensor:
+    """(B·C, 1, W, 2W)."""
+
+    def make() -> Tensor:
+        ids_BCW = documents.padded(window).unflatten(1, (-1, window))
+        before = torch.cat((ids_BCW[:, :1], ids_BCW[:, :-1]), dim=1)
+        same = ids_BCW[..., :, None] == torch.cat((before, ids_BCW), dim=2)[..., None, :]
+        seen = same & _band_in_blocks(ids_BCW.shape[1], window, ids_BCW.device)
+        return _bias(seen.flatten(0, 1), dtype)[:, None]
+
+    return documents.once(("attention in blocks", window, dtype), make)
+
+
+def _band_in_blocks(blocks: int, window: int, device: torch.device) -> Tensor:
+    """(C, W, 2W): what queries of a block see of its own keys and those of the block before."""
+    seen = _band(window, 2 * window, window, device).repeat(blocks, 1, 1)
+    seen[0, :, :window] = False  # there is no block before the first
+    return seen
+
+
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, documents: Documents | None) -> Tensor:
     """Queries in blocks of W, each against its own block of keys and the one before: T · 2W scores, not T²."""
     batch, length = q.shape[:2]
@@ -77,11 +133,9 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, docum
         previous = F.pad(parts[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
         return torch.cat((previous, parts), dim=2).flatten(0, 1)
 
-    mask = _band(window, 2 * window, window, q.device).expand(batch, blocks, window, 2 * window).clone()
-    mask[:, 0, :, :window] = False  # there is no block before the first
-    if documents is not None:
-        ids_BCW = F.pad(documents.ids_BT, (0, padding), value=-1).unflatten(1, (blocks, window))
-        before = torch.cat((ids_BCW[:, :1], ids_BCW[:, :-1]), dim=1)
-        mask &= ids_BCW[..., :, None] == torch.cat((before, ids_BCW), dim=2)[..., None, :]
-    out = _sdpa(cut(q).flatten(0, 1), with_previous(k), with_previous(v), scale, mask.flatten(0, 1)[:, None])
+    if documents is None:
+        bias = _bias_of_blocks(batch, blocks, window, q.device, q.dtype)
+    else:
+        bias = _bias_of_documents_in_blocks(documents, window, q.dtype)
+    out = _sdpa(cut(q).flatten(0, 1), with_previous(k), with_previous(v), scale, bias)
     return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]

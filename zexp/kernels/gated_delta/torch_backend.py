@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zexp.kernels.chunk_masks import ChunkMasks, chunk_masks
+from zexp.kernels.chunks import OneChunkMasks, masks_of_each_chunk, parts
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
 
@@ -53,8 +53,7 @@ def gated_delta(
     Source: gated DeltaNet (arXiv:2412.06464), eq. (10), where S is transposed.
     """
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        ids = None if documents is None else documents.ids_BT
-        return _GatedDelta.apply(q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, chunk, ids).to(v_BTHP.dtype)
+        return _GatedDelta.apply(q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, chunk, documents).to(v_BTHP.dtype)
 
 
 @torch.no_grad()
@@ -149,10 +148,6 @@ class _Chunk(NamedTuple):
     carry: Tensor  # exp(c_Q), (B, G, 1, J, 1)
 
 
-def _parts(length: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
-
-
 def _heads(tensor_BTHP: Tensor, at: slice, groups: int) -> Tensor:
     """(B, T, H, P) at some positions as (B, G, J, Q, P), contiguous and in fp32 at least."""
     return at_least_fp32(tensor_BTHP[:, at].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous())
@@ -176,16 +171,19 @@ def _inputs(q_BTGN: Tensor, k_BTGN: Tensor, v_BTHP: Tensor, beta_BTH: Tensor, at
     return _Inputs(q * (q_inverse * keys**-0.5), k * k_inverse, _heads(v_BTHP, at, groups), beta, q_inverse, k_inverse)
 
 
-def _sums(like: Tensor, masks: ChunkMasks | None) -> Tensor:
+def _sums(like: Tensor, masks: OneChunkMasks | None) -> Tensor:
     if masks is not None:
-        return masks.pair_B1QQ[:, 0, 0].tril()
+        return masks.pair_B1QQ[:, 0, 0]
     size = like.shape[2]
     return torch.ones(1, size, size, dtype=like.dtype, device=like.device).tril_()
 
 
-def _chunk(inputs: _Inputs, g_BTH: Tensor, at: slice, ids_BT: Tensor | None) -> _Chunk:
+def _chunk(inputs: _Inputs, g_BTH: Tensor, at: slice, chunk: int, documents: Documents | None) -> _Chunk:
     q, k = inputs.q, inputs.k
-    masks = None if ids_BT is None else ChunkMasks(*(mask[:, :, None] for mask in chunk_masks(ids_BT, at, k.dtype)))
+    masks = None
+    if documents is not None:
+        own = masks_of_each_chunk(documents, chunk, k.dtype)[at.start // chunk]
+        masks = OneChunkMasks(*(mask[:, :, None] for mask in own))
     sums = _sums(k, masks)
     cum = _heads(torch.matmul(sums, at_least_fp32(g_BTH[:, at]))[..., None], slice(None), k.shape[1])
     end = cum[..., -1:, :]
@@ -220,16 +218,16 @@ def _forward(
     g_BTH: Tensor,
     beta_BTH: Tensor,
     chunk: int,
-    ids_BT: Tensor | None,
+    documents: Documents | None,
     state: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Outputs, the state that enters each chunk but the first, and the last one. state: before the row, None = zero."""
     y_BTHP = at_least_fp32(torch.empty_like(v_BTHP, memory_format=torch.contiguous_format))
     y_BTGJP = y_BTHP.unflatten(2, (k_BTGN.shape[2], -1))
     entering: list[Tensor] = []
-    for at in _parts(v_BTHP.shape[1], chunk):
+    for at in parts(v_BTHP.shape[1], chunk):
         inputs = _inputs(q_BTGN, k_BTGN, v_BTHP, beta_BTH, at)
-        one = _chunk(inputs, g_BTH, at, ids_BT)
+        one = _chunk(inputs, g_BTH, at, chunk, documents)
         written = _errors(inputs, one, state).mul_(inputs.beta)
         y = torch.matmul(one.reads, written)
         leaving = torch.matmul(inputs.k.mT, _side_by_side(written.mul_(one.exits)))
@@ -253,25 +251,25 @@ class _GatedDelta(torch.autograd.Function):
         g_BTH: Tensor,
         beta_BTH: Tensor,
         chunk: int,
-        ids_BT: Tensor | None,
+        documents: Documents | None,
     ) -> Tensor:
-        y_BTHP, entering, _ = _forward(q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, chunk, ids_BT, None)
-        ctx.save_for_backward(q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, y_BTHP, ids_BT, *entering)
-        ctx.chunk = chunk
+        y_BTHP, entering, _ = _forward(q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, chunk, documents, None)
+        ctx.save_for_backward(q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, y_BTHP, *entering)
+        ctx.chunk, ctx.documents = chunk, documents
         return y_BTHP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, y_BTHP, ids_BT, *entering = ctx.saved_tensors
+        q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH, y_BTHP, *entering = ctx.saved_tensors
         groups = k_BTGN.shape[2]
         made = [torch.empty_like(tensor) for tensor in (q_BTGN, k_BTGN, v_BTHP, g_BTH, beta_BTH)]
-        parts = _parts(v_BTHP.shape[1], ctx.chunk)
+        chunks = parts(v_BTHP.shape[1], ctx.chunk)
         states = [None, *entering, None]  # the last one is not read
         dstate: Tensor | None = None
-        for number in range(len(parts) - 1, -1, -1):
-            at = parts[number]
+        for number in range(len(chunks) - 1, -1, -1):
+            at = chunks[number]
             inputs = _inputs(q_BTGN, k_BTGN, v_BTHP, beta_BTH, at)
-            one = _chunk(inputs, g_BTH, at, ids_BT)
+            one = _chunk(inputs, g_BTH, at, ctx.chunk, ctx.documents)
             y, dy = _heads(y_BTHP, at, groups), _heads(grads[0], at, groups)
             found, dstate = _chunk_backward(inputs, one, y, dy, states[number], states[number + 1], dstate)
             for whole, own in zip(made, found, strict=True):

@@ -19,13 +19,12 @@ kept for the backward pass, which makes the rest again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zexp.kernels.chunk_masks import chunk_masks
+from zexp.kernels.chunks import heads, masks_of_each_chunk, parts
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
 
@@ -50,8 +49,7 @@ def mlstm(
     Source: xLSTM (arXiv:2405.04517), eq. (19) to (27).
     """
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        ids = None if documents is None else documents.ids_BT
-        h_BTHP = _Mlstm.apply(q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH, scale, eps, chunk, ids)
+        h_BTHP = _Mlstm.apply(q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH, scale, eps, chunk, documents)
         return h_BTHP.to(v_BTHP.dtype)
 
 
@@ -125,33 +123,29 @@ class _Weights(NamedTuple):
     m: Tensor  # (B, H, Q, 1): b_i + M_i
 
 
-def _parts(length: int, chunk: int) -> Iterator[slice]:
-    for start in range(0, length, chunk):
-        yield slice(start, min(start + chunk, length))
-
-
-def _heads(tensor_BTHP: Tensor, at: slice) -> Tensor:
-    """(B, H, Q, P), contiguous, in fp32 at least, of the positions `at`: a copy, or a view where that is so already."""
-    return at_least_fp32(tensor_BTHP[:, at]).transpose(1, 2).contiguous()
-
-
 def _zero(input_BTH: Tensor, dtype: torch.dtype) -> Tensor:
     """The stabiliser before a row."""
     return input_BTH.new_zeros(input_BTH.shape[0], input_BTH.shape[2], 1, 1, dtype=dtype)
 
 
 def _weights(
-    input_BTH: Tensor, log_forget_BTH: Tensor, at: slice, scale: float, ids_BT: Tensor | None, m_BH11: Tensor
+    input_BTH: Tensor,
+    log_forget_BTH: Tensor,
+    at: slice,
+    chunk: int,
+    scale: float,
+    documents: Documents | None,
+    m_BH11: Tensor,
 ) -> _Weights:
-    log_BHQ1 = _heads(log_forget_BTH[..., None], at)
+    log_BHQ1 = heads(log_forget_BTH[..., None], at)
     b_BHQ1 = log_BHQ1.cumsum(2)
-    a_BHQ1 = _heads(input_BTH[..., None], at) - b_BHQ1
-    if ids_BT is None:
+    a_BHQ1 = heads(input_BTH[..., None], at) - b_BHQ1
+    if documents is None:
         most_BHQ1 = torch.maximum(a_BHQ1.cummax(2).values, m_BH11)
         masks = None
     else:
-        masks = chunk_masks(ids_BT, at, a_BHQ1.dtype)
-        most_BHQ1 = _most_of_documents(a_BHQ1, log_BHQ1 - b_BHQ1, m_BH11, ids_BT, at)
+        masks = masks_of_each_chunk(documents, chunk, a_BHQ1.dtype)[at.start // chunk]
+        most_BHQ1 = _most_of_documents(a_BHQ1, log_BHQ1 - b_BHQ1, m_BH11, documents, at)
     # Where a document's boundary lies between, a difference may be positive; its exponential must not be infinite.
     last_BH11 = most_BHQ1[:, :, -1:]
     read = torch.sub(a_BHQ1.mT, most_BHQ1).clamp_(max=0).exp_().mul_(scale).tril_()
@@ -166,17 +160,17 @@ def _weights(
     return _Weights(read, entry, exits, carry, b_BHQ1 + most_BHQ1)
 
 
-def _most_of_documents(a_BHQ1: Tensor, zero_BHQ1: Tensor, m_BH11: Tensor, ids_BT: Tensor, at: slice) -> Tensor:
+def _most_of_documents(a_BHQ1: Tensor, zero_BHQ1: Tensor, m_BH11: Tensor, documents: Documents, at: slice) -> Tensor:
     """M within each document. zero: what m = 0 before a position is at it: what a document that starts there is entered by.
 
     The maximum over the positions before is taken over 2, 4, 8 ... of them as long as they are of the same document.
     """
-    ids_BQ, before_B1 = ids_BT[:, at], ids_BT[:, max(at.start - 1, 0), None]
+    ids_BQ, before_B1 = documents.ids_BT[:, at], documents.ids_BT[:, max(at.start - 1, 0), None]
     starts_BQ = ids_BQ != torch.cat((before_B1, ids_BQ[:, :-1]), dim=1)
     most_BHQ1 = torch.where(starts_BQ[:, None, :, None], torch.maximum(a_BHQ1, zero_BHQ1), a_BHQ1)
     shift = 1
     while shift < ids_BQ.shape[1]:
-        same = (ids_BQ[:, shift:] == ids_BQ[:, :-shift])[:, None, :, None]
+        same = documents.same_as_before(shift)[:, None, at.start : at.stop - shift, None]
         later, earlier = most_BHQ1[:, :, shift:], most_BHQ1[:, :, :-shift]
         grown = torch.where(same, torch.maximum(later, earlier), later)
         most_BHQ1 = torch.cat((most_BHQ1[:, :, :shift], grown), dim=2)
@@ -194,7 +188,7 @@ def _forward(
     scale: float,
     eps: float,
     chunk: int,
-    ids_BT: Tensor | None,
+    documents: Documents | None,
     carried: _Carried | None,
 ) -> tuple[Tensor, Tensor, list[_Carried], _Carried]:
     """h, (2, B, T, H, 1): 1 / denominator and that with the sign of n q, 0 where exp(-m) is the larger, the state that
@@ -205,10 +199,10 @@ def _forward(
     inverses = v_BTHP.new_empty(2, *input_BTH.shape, 1, dtype=dtype)
     entering: list[_Carried] = []
     zero_BH11 = _zero(input_BTH, dtype)
-    for at in _parts(v_BTHP.shape[1], chunk):
-        q, k, v = (_heads(tensor, at) for tensor in (q_BTHN, k_BTHN, v_BTHP))
+    for at in parts(v_BTHP.shape[1], chunk):
+        q, k, v = (heads(tensor, at) for tensor in (q_BTHN, k_BTHN, v_BTHP))
         m_BH11 = zero_BH11 if carried is None else carried.m
-        weights = _weights(input_BTH, log_forget_BTH, at, scale, ids_BT, m_BH11)
+        weights = _weights(input_BTH, log_forget_BTH, at, chunk, scale, documents, m_BH11)
         scores = torch.matmul(q, k.mT).mul_(weights.read)
         h, denominator = torch.matmul(scores, v), scores.sum(-1, keepdim=True)
         keys = k * weights.exit
@@ -243,19 +237,19 @@ class _Mlstm(torch.autograd.Function):
         scale: float,
         eps: float,
         chunk: int,
-        ids_BT: Tensor | None,
+        documents: Documents | None,
     ) -> Tensor:
         inputs = (q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH)
-        h_BTHP, inverses, entering, _ = _forward(*inputs, scale, eps, chunk, ids_BT, None)
-        ctx.save_for_backward(*inputs, ids_BT, h_BTHP, inverses, *(tensor for state in entering for tensor in state))
-        ctx.keys = (scale, eps, chunk)
+        h_BTHP, inverses, entering, _ = _forward(*inputs, scale, eps, chunk, documents, None)
+        ctx.save_for_backward(*inputs, h_BTHP, inverses, *(tensor for state in entering for tensor in state))
+        ctx.keys = (scale, eps, chunk, documents)
         return h_BTHP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH, ids_BT, h_BTHP, inverses, *flat = ctx.saved_tensors
-        scale, eps, chunk = ctx.keys
-        parts = list(_parts(v_BTHP.shape[1], chunk))
+        q_BTHN, k_BTHN, v_BTHP, input_BTH, log_forget_BTH, h_BTHP, inverses, *flat = ctx.saved_tensors
+        scale, eps, chunk, documents = ctx.keys
+        chunks = parts(v_BTHP.shape[1], chunk)
         entering = [None, *(_Carried(*flat[start : start + 3]) for start in range(0, len(flat), 3))]
         dq_BTHN, dk_BTHN, dv_BTHP = (
             torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q_BTHN, k_BTHN, v_BTHP)
@@ -271,11 +265,11 @@ class _Mlstm(torch.autograd.Function):
         dmemory: Tensor | None = None
         dnormaliser: Tensor | None = None
         leaving: _Carried | None = None
-        for at, state in zip(reversed(parts), reversed(entering), strict=True):
-            q, k, v, dh, inverse = (_heads(x, at) for x in (q_BTHN, k_BTHN, v_BTHP, grads[0], inverses[0]))
-            ddenominator, drow = _heads(ddenominators, at), _heads(drows, at)
+        for at, state in zip(reversed(chunks), reversed(entering), strict=True):
+            q, k, v, dh, inverse = (heads(x, at) for x in (q_BTHN, k_BTHN, v_BTHP, grads[0], inverses[0]))
+            ddenominator, drow = heads(ddenominators, at), heads(drows, at)
             m_BH11 = zero_BH11 if state is None else state.m
-            weights = _weights(input_BTH, log_forget_BTH, at, scale, ids_BT, m_BH11)
+            weights = _weights(input_BTH, log_forget_BTH, at, chunk, scale, documents, m_BH11)
             dread = dh * inverse
             scores = torch.matmul(q, k.mT).mul_(weights.read)
             dscores = torch.matmul(dread, v.mT).add_(ddenominator).mul_(weights.read)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zexp.kernels.chunk_masks import chunk_masks
+from zexp.kernels.chunks import heads, masks_of_each_chunk, parts
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
 
@@ -38,8 +38,7 @@ def retention(
     documents: the state is zero before every document. Source: RetNet (arXiv:2307.08621), eq. (6).
     """
     with torch.autocast(v_BTHP.device.type, enabled=False):
-        ids = None if documents is None else documents.ids_BT
-        return _Retention.apply(q_BTHN, k_BTHN, v_BTHP, log_decays, scale, chunk, ids)
+        return _Retention.apply(q_BTHN, k_BTHN, v_BTHP, log_decays, scale, chunk, documents)
 
 
 @torch.no_grad()
@@ -108,16 +107,16 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(
-    like_BTHP: Tensor, log_decays: tuple[float, ...], scale: float, chunk: int, ids_BT: Tensor | None
+    like_BTHP: Tensor, log_decays: tuple[float, ...], scale: float, chunk: int, documents: Documents | None
 ) -> Iterator[_Chunk]:
     length, dtype = like_BTHP.shape[1], torch.promote_types(like_BTHP.dtype, torch.float32)
-    for start in range(0, length, chunk):
-        at = slice(start, min(start + chunk, length))
-        tables = _tables(log_decays, at.stop - start, scale, like_BTHP.device, dtype)
-        if ids_BT is None:
+    each = None if documents is None else masks_of_each_chunk(documents, chunk, dtype)
+    for number, at in enumerate(parts(length, chunk)):
+        tables = _tables(log_decays, at.stop - at.start, scale, like_BTHP.device, dtype)
+        if each is None:
             yield _Chunk(at, tables.pair, None, tables.entry, tables.exit, tables.carry_H11)
             continue
-        masks = chunk_masks(ids_BT, at, dtype)
+        masks = each[number]
         yield _Chunk(
             at,
             tables.pair,
@@ -128,11 +127,6 @@ def _chunks(
         )
 
 
-def _heads(tensor_BTHP: Tensor, at: slice) -> Tensor:
-    """(B, H, Q, P), contiguous, in fp32 at least, of the positions `at`: a copy, or a view where that is so already."""
-    return at_least_fp32(tensor_BTHP[:, at]).transpose(1, 2).contiguous()
-
-
 def _forward(
     q_BTHN: Tensor,
     k_BTHN: Tensor,
@@ -140,14 +134,14 @@ def _forward(
     log_decays: tuple[float, ...],
     scale: float,
     chunk: int,
-    ids_BT: Tensor | None,
+    documents: Documents | None,
     state: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Outputs, the state that enters each chunk but the first, and the last one. state: before the row, None = zero."""
     y_BTHP = torch.empty_like(v_BTHP, memory_format=torch.contiguous_format)
     entering: list[Tensor] = []
-    for part in _chunks(v_BTHP, log_decays, scale, chunk, ids_BT):
-        q, k, v = (_heads(tensor, part.at) for tensor in (q_BTHN, k_BTHN, v_BTHP))
+    for part in _chunks(v_BTHP, log_decays, scale, chunk, documents):
+        q, k, v = (heads(tensor, part.at) for tensor in (q_BTHN, k_BTHN, v_BTHP))
         y = torch.matmul(part.weigh_(torch.matmul(q, k.mT)), v)
         written = torch.matmul((k * part.exit).mT, v)
         if state is None:
@@ -171,24 +165,24 @@ class _Retention(torch.autograd.Function):
         log_decays: tuple[float, ...],
         scale: float,
         chunk: int,
-        ids_BT: Tensor | None,
+        documents: Documents | None,
     ) -> Tensor:
-        y_BTHP, entering, _ = _forward(q_BTHN, k_BTHN, v_BTHP, log_decays, scale, chunk, ids_BT, None)
-        ctx.save_for_backward(q_BTHN, k_BTHN, v_BTHP, ids_BT, *entering)
-        ctx.keys = (log_decays, scale, chunk)
+        y_BTHP, entering, _ = _forward(q_BTHN, k_BTHN, v_BTHP, log_decays, scale, chunk, documents, None)
+        ctx.save_for_backward(q_BTHN, k_BTHN, v_BTHP, *entering)
+        ctx.keys = (log_decays, scale, chunk, documents)
         return y_BTHP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTHN, k_BTHN, v_BTHP, ids_BT, *entering = ctx.saved_tensors
+        q_BTHN, k_BTHN, v_BTHP, *entering = ctx.saved_tensors
         dq_BTHN, dk_BTHN, dv_BTHP = (
             torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q_BTHN, k_BTHN, v_BTHP)
         )
-        log_decays, scale, chunk = ctx.keys
-        parts = list(_chunks(v_BTHP, log_decays, scale, chunk, ids_BT))
+        log_decays, scale, chunk, documents = ctx.keys
+        chunks = list(_chunks(v_BTHP, log_decays, scale, chunk, documents))
         dstate: Tensor | None = None
-        for part, state in zip(reversed(parts), reversed([None, *entering]), strict=True):
-            q, k, v, dy = (_heads(tensor, part.at) for tensor in (q_BTHN, k_BTHN, v_BTHP, grads[0]))
+        for part, state in zip(reversed(chunks), reversed([None, *entering]), strict=True):
+            q, k, v, dy = (heads(tensor, part.at) for tensor in (q_BTHN, k_BTHN, v_BTHP, grads[0]))
             weights = part.weigh_(torch.matmul(q, k.mT))
             dscores = part.weigh_(torch.matmul(dy, v.mT))
             dv = torch.matmul(weights.mT, dy)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zexp.kernels.chunks import ChunkMasks, chunk_masks
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
 
@@ -52,13 +53,11 @@ def ssd(
     size = min(chunk, length)
     padding = -length % size
     inputs = [at_least_fp32(tensor) for tensor in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)]
-    ids = None if documents is None else documents.ids_BT
     if padding:  # dt = 0 neither decays nor writes; the padded rows are cut off
         inputs = [F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) for tensor in inputs]
-        ids = None if ids is None else F.pad(ids, (0, padding), mode="constant", value=-1)
     x, dt, b, c = inputs
     with torch.autocast(x.device.type, enabled=False):  # the backward pass knows none: dtypes would not fit together
-        y = _Ssd.apply(x, dt, a_H, b, c, d_H, size, ids)
+        y = _Ssd.apply(x, dt, a_H, b, c, d_H, size, documents)
     return (y[:, :length] if padding else y).to(x_BTHP.dtype)
 
 
@@ -105,27 +104,6 @@ def _per_channel(values_BH: Tensor, state_BGNJ: Tensor) -> Tensor:
     return values_BH.unflatten(1, (groups, -1)).repeat_interleave(channels * groups // values_BH.shape[1], dim=2)
 
 
-class _Masks(NamedTuple):
-    """What document boundaries switch off; each is 0 or 1."""
-
-    pair_MQQ: Tensor  # i reads j within the chunk
-    entry_MQ: Tensor  # i reads the state that enters the chunk
-    exit_MQ: Tensor  # j writes into the state that leaves the chunk
-    carry_BC: Tensor  # the entering state reaches the leaving one
-
-
-def _masks(ids_BT: Tensor, chunk: int, dtype: torch.dtype) -> _Masks:
-    ids_BCQ = ids_BT.unflatten(1, (-1, chunk))
-    last_BC = ids_BCQ[:, :, -1]
-    before_BC = torch.cat((last_BC[:, :1], last_BC[:, :-1]), dim=1)  # chunk 0 is entered by a zero state
-    return _Masks(
-        pair_MQQ=(ids_BCQ[..., :, None] == ids_BCQ[..., None, :]).flatten(0, 1).to(dtype),
-        entry_MQ=(ids_BCQ == before_BC[..., None]).flatten(0, 1).to(dtype),
-        exit_MQ=(ids_BCQ == last_BC[..., None]).flatten(0, 1).to(dtype),
-        carry_BC=(last_BC == before_BC).to(dtype),
-    )
-
-
 class _Scan(NamedTuple):
     """What the forward pass computes and the backward pass reads again."""
 
@@ -147,7 +125,7 @@ def _scan(
     c_BTGN: Tensor,
     d_H: Tensor,
     chunk: int,
-    masks: _Masks | None = None,
+    masks: ChunkMasks | None = None,
     initial: Tensor | None = None,
 ) -> _Scan:
     """T is a multiple of chunk. initial: the state (B, G, N, JP) before the first position, None = zero."""
@@ -162,8 +140,8 @@ def _scan(
     exit_MQH = (cum_MQH[:, -1:] - cum_MQH).exp_()
     carry_BCH = entry_MQH[:, -1].unflatten(0, (batch, chunks))
     if masks is not None:
-        entry_MQH = entry_MQH * masks.entry_MQ[..., None]
-        exit_MQH = exit_MQH * masks.exit_MQ[..., None]
+        entry_MQH = entry_MQH * masks.entry_BCQ.flatten(0, 1)[..., None]
+        exit_MQH = exit_MQH * masks.exit_BCQ.flatten(0, 1)[..., None]
         carry_BCH = carry_BCH * masks.carry_BC[..., None]
 
     written_MQHP = x_MQHP * dt_MQH[..., None]
@@ -174,7 +152,7 @@ def _scan(
 
     scores_MGQQ = torch.matmul(_by_group(c_MQGN), _by_group(b_MQGN).mT).tril_()
     if masks is not None:
-        scores_MGQQ *= masks.pair_MQQ[:, None]
+        scores_MGQQ *= masks.pair_BCQQ.flatten(0, 1)[:, None]
     y_MQHP = _from_groups(read, heads).mul_(entry_MQH[..., None])
     _read_inside(y_MQHP, cum_MQH, scores_MGQQ, written_MQHP)
     y_MQHP.addcmul_(x_MQHP, d_H[:, None])
@@ -201,9 +179,9 @@ class _Ssd(torch.autograd.Function):
         c_BTGN: Tensor,
         d_H: Tensor,
         chunk: int,
-        ids_BT: Tensor | None,
+        documents: Documents | None,
     ) -> Tensor:
-        masks = None if ids_BT is None else _masks(ids_BT, chunk, x_BTHP.dtype)
+        masks = None if documents is None else chunk_masks(documents, chunk, x_BTHP.dtype)
         scan = _scan(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, chunk, masks)
         ctx.save_for_backward(
             x_BTHP,
@@ -219,15 +197,15 @@ class _Ssd(torch.autograd.Function):
             scan.entering,
             scan.scores_MGQQ,
             scan.y_BTHP,
-            None if masks is None else masks.pair_MQQ,
         )
+        ctx.masks = masks  # not this layer's own: nothing is kept for them
         return scan.y_BTHP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (
             x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, cum_MQH, entry_MQH, exit_MQH, carry_BCH, entering, scores_MGQQ,
-            y_BTHP, pair_MQQ,
+            y_BTHP,
         ) = ctx.saved_tensors  # fmt: skip
         heads, groups = x_BTHP.shape[2], b_BTGN.shape[2]
         count, chunk = entry_MQH.shape[:2]
@@ -249,8 +227,8 @@ class _Ssd(torch.autograd.Function):
 
         # Within the chunks.
         dscores = _read_inside_backward(dwritten, dy, cum_MQH, scores_MGQQ, written).tril_()
-        if pair_MQQ is not None:
-            dscores *= pair_MQQ[:, None]
+        if ctx.masks is not None:
+            dscores *= ctx.masks.pair_BCQQ.flatten(0, 1)[:, None]
         dc_MGQN += torch.matmul(dscores, b_MGQN)
         db_MGQN += torch.matmul(dscores.mT, c_MGQN)
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zexp.kernels.chunks import chunk_masks
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.wkv7.chunk import CHUNK
@@ -55,10 +56,7 @@ def wkv7(
     """
     with torch.autocast(v_BTHP.device.type, enabled=False):
         inputs, size = _padded((r_BTHN, w_BTHN, k_BTHN, v_BTHP, kappa_BTHN, a_BTHN))
-        ids = None if documents is None else documents.ids_BT
-        if ids is not None:
-            ids = F.pad(ids, (0, inputs[0].shape[1] - ids.shape[1]), value=-1)
-        return _Wkv7.apply(*inputs, size, ids)[:, : v_BTHP.shape[1]].to(v_BTHP.dtype)
+        return _Wkv7.apply(*inputs, size, documents)[:, : v_BTHP.shape[1]].to(v_BTHP.dtype)
 
 
 @torch.no_grad()
@@ -136,20 +134,22 @@ class _Masks(NamedTuple):
         return _Masks(self.pair[part], (entry[part], leave[part], through[part]))
 
 
-def _masks(like: Tensor, chunk: int, ids_BT: Tensor | None) -> _Masks:
+def _masks(like: Tensor, chunk: int, documents: Documents | None) -> _Masks:
     order = like.new_ones(chunk, chunk).tril()
     pair = torch.cat((order.tril(-1), order)).repeat(1, 2)
-    if ids_BT is None:
+    if documents is None:
         return _Masks(pair)
-    ids_CBQ = ids_BT.unflatten(1, (-1, chunk)).transpose(0, 1)
-    last_CB1 = ids_CBQ[:, :, -1:]
-    before_CB1 = torch.cat((last_CB1[:1], last_CB1[:-1]))  # chunk 0 is entered by a zero state
-    same = (ids_CBQ[..., :, None] == ids_CBQ[..., None, :])[:, :, None].to(like.dtype)
+    return documents.once(("wkv7", chunk, like.dtype), lambda: _masks_of_documents(documents, pair))
+
+
+def _masks_of_documents(documents: Documents, pair: Tensor) -> _Masks:
+    masks = chunk_masks(documents, len(pair) // 2, pair.dtype)
     entry, leave = (
-        (ids_CBQ == ids_CB1).repeat(1, 1, 2)[:, :, None, :, None].to(like.dtype) for ids_CB1 in (before_CB1, last_CB1)
+        mask.transpose(0, 1).repeat(1, 1, 2)[:, :, None, :, None] for mask in (masks.entry_BCQ, masks.exit_BCQ)
     )
-    through = (last_CB1 == before_CB1)[..., None, None].to(like.dtype)
-    return _Masks(same.repeat(1, 1, 1, 2, 2) * pair, (entry, leave, through))
+    same = masks.pair_BCQQ.transpose(0, 1)[:, :, None]
+    through = masks.carry_BC.t()[:, :, None, None, None]
+    return _Masks(same.repeat(1, 1, 1, 2, 2).mul_(pair), (entry, leave, through))
 
 
 class _Chunks(NamedTuple):
@@ -204,13 +204,13 @@ def _parts(tensor_CBHQN: Tensor) -> list[slice]:
 
 
 def _forward(
-    inputs: list[Tensor], chunk: int, ids_BT: Tensor | None, initial_BHNP: Tensor | None
+    inputs: list[Tensor], chunk: int, documents: Documents | None, initial_BHNP: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, T, H, P), the state that enters each chunk (C, B, H, N, P), and the state after the last."""
     y_BTHP = torch.empty_like(inputs[3])
     cut = [_cut(tensor, chunk) for tensor in inputs]
     (count, batch, heads, _, keys), values = cut[0].shape, cut[3].shape[-1]
-    masks = _masks(inputs[0], chunk, ids_BT)
+    masks = _masks(inputs[0], chunk, documents)
     states = y_BTHP.new_empty(count, batch, heads, keys, values)
     state = y_BTHP.new_zeros(batch, heads, keys, values) if initial_BHNP is None else initial_BHNP
     for part in _parts(cut[0]):
@@ -245,18 +245,18 @@ class _Wkv7(torch.autograd.Function):
         kappa: Tensor,
         a: Tensor,
         chunk: int,
-        ids_BT: Tensor | None,
+        documents: Documents | None,
     ) -> Tensor:
-        y_BTHP, states, _ = _forward([r, w, k, v, kappa, a], chunk, ids_BT, None)
+        y_BTHP, states, _ = _forward([r, w, k, v, kappa, a], chunk, documents, None)
         ctx.save_for_backward(r, w, k, v, kappa, a, states)
-        ctx.chunk, ctx.ids_BT = chunk, ids_BT
+        ctx.chunk, ctx.documents = chunk, documents
         return y_BTHP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, states = ctx.saved_tensors
         chunk = ctx.chunk
-        masks = _masks(inputs[0], chunk, ctx.ids_BT)
+        masks = _masks(inputs[0], chunk, ctx.documents)
         cut = [_cut(tensor, chunk) for tensor in inputs]
         made = [torch.empty_like(tensor) for tensor in inputs]
         gradients = [_cut(tensor, chunk) for tensor in made]
