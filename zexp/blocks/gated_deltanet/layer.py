@@ -6,8 +6,6 @@ C channels of queries, keys and values together · K conv width.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +20,7 @@ from zexp.kernels.gated_delta.torch_backend import gated_delta, gated_delta_cont
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.precision import at_least_fp32
 
-# Initial ranges of the paper's code (NVlabs/GatedDeltaNet, which takes them from Mamba-2).
-DT_RANGE = (1e-3, 1e-1)  # log-uniform
-DT_FLOOR = 1e-4
+# Initial range of the paper's code (NVlabs/GatedDeltaNet, which takes them from Mamba-2).
 DECAY_RANGE = (0.01, 16.0)  # of exp(A_log), uniform; not from 0, whose log is no weight (transformers' Qwen3-Next)
 
 
@@ -50,13 +46,10 @@ class Layer(BlockLayer):
 
     def initialise(self, draw: Draw) -> None:
         draw.linear(self.in_proj)
-        bound = self.spec.conv_width**-0.5  # nn.Conv1d's own range
-        draw.uniform(self.conv_weight, -bound, bound)
-        draw.uniform(self.dt_bias, math.log(DT_RANGE[0]), math.log(DT_RANGE[1]))
+        draw.conv(self.conv_weight, None)
+        draw.dt_bias(self.dt_bias)
         draw.uniform(self.A_log, *DECAY_RANGE)
         with torch.no_grad():
-            dt = self.dt_bias.exp().clamp_(min=DT_FLOOR)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
             self.A_log.log_()
         draw.constant(self.norm_weight, 1.0)
         draw.linear(self.out_proj, residual=True)

@@ -6,7 +6,6 @@ R rank of dt · S what a head selects by: R + 2N.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -22,10 +21,6 @@ from zexp.blocks.norm import RmsNorm
 from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
 from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.selective_scan.torch_backend import selective_scan, selective_scan_continue
-
-# Initial step sizes of the published models (arXiv:2312.00752, section 3.6; state-spaces/mamba, mamba_simple.py).
-DT_RANGE = (1e-3, 1e-1)  # log-uniform
-DT_FLOOR = 1e-4
 
 
 class Layer(BlockLayer):
@@ -53,19 +48,14 @@ class Layer(BlockLayer):
 
     def initialise(self, draw: Draw) -> None:
         draw.linear(self.in_proj)
-        bound = self.spec.conv_width**-0.5  # nn.Conv1d's own range
-        draw.uniform(self.conv_weight, -bound, bound)
-        if self.conv_bias is not None:
-            draw.uniform(self.conv_bias, -bound, bound)
+        draw.conv(self.conv_weight, self.conv_bias)
         draw.normal(self.x_proj)
         for norm in self.norms or ():
             norm.initialise(draw)  # type: ignore[operator]
         bound = self.splits[0] ** -0.5
         draw.uniform(self.dt_proj, -bound, bound)
-        draw.uniform(self.dt_bias, math.log(DT_RANGE[0]), math.log(DT_RANGE[1]))
+        draw.dt_bias(self.dt_bias)
         with torch.no_grad():
-            dt = self.dt_bias.exp().clamp_(min=DT_FLOOR)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
             self.A_log.copy_(torch.arange(1, self.spec.state_size + 1).log().expand_as(self.A_log))
         draw.constant(self.D, 1.0)
         draw.linear(self.out_proj, residual=True)

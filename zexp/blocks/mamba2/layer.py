@@ -5,8 +5,6 @@ B batch · T positions · D model width · I inner width · H heads · P head wi
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,9 +19,7 @@ from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
 from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.ssd.torch_backend import ssd, ssd_continue
 
-# Initial ranges of the published models (state-spaces/mamba, modules/mamba2.py).
-DT_RANGE = (1e-3, 1e-1)  # log-uniform
-DT_FLOOR = 1e-4
+# Initial range of the published models (state-spaces/mamba, modules/mamba2.py).
 DECAY_RANGE = (1.0, 16.0)  # of -A, uniform
 
 
@@ -48,14 +44,10 @@ class Layer(BlockLayer):
 
     def initialise(self, draw: Draw) -> None:
         draw.linear(self.in_proj)
-        bound = self.spec.conv_width**-0.5  # nn.Conv1d's own range
-        draw.uniform(self.conv_weight, -bound, bound)
-        draw.uniform(self.conv_bias, -bound, bound)
-        draw.uniform(self.dt_bias, math.log(DT_RANGE[0]), math.log(DT_RANGE[1]))
+        draw.conv(self.conv_weight, self.conv_bias)
+        draw.dt_bias(self.dt_bias)
         draw.uniform(self.A_log, *DECAY_RANGE)
         with torch.no_grad():
-            dt = self.dt_bias.exp().clamp_(min=DT_FLOOR)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
             self.A_log.log_()
         draw.constant(self.D, 1.0)
         draw.constant(self.norm_weight, 1.0)

@@ -21,6 +21,7 @@ class Spec(BlockSpec):
     up by 2 before the cell, is value_factor 2 without its convolution and skip, which xLSTM-7B dropped.
     gate_softcap: c, the input and forget gates' preactivations become c · tanh(x / c); null = not.
     input_bias: what the input gates' biases start at. They are exponents: -10 keeps early gradients small.
+    The denominator's floor of 1e-6 is transformers' and no key.
     chunk: Q, tokens per block of the chunked algorithm; it changes speed and last bits only.
     """
 

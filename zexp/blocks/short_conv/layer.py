@@ -27,10 +27,7 @@ class Layer(BlockLayer):
     def initialise(self, draw: Draw) -> None:
         """As the other convolutions here: LFM2's own initial weights are not published."""
         draw.linear(self.in_proj)
-        bound = self.spec.conv_width**-0.5  # nn.Conv1d's own range
-        draw.uniform(self.conv_weight, -bound, bound)
-        if self.conv_bias is not None:
-            draw.uniform(self.conv_bias, -bound, bound)
+        draw.conv(self.conv_weight, self.conv_bias)
         draw.linear(self.out_proj, residual=True)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:

@@ -46,9 +46,7 @@ class Layer(BlockLayer):
         """
         heads, head = self.norm_weight.shape
         if self.spec.conv_width is not None:
-            bound = self.spec.conv_width**-0.5  # nn.Conv1d's own range
-            draw.uniform(self.conv_weight, -bound, bound)
-            draw.uniform(self.conv_bias, -bound, bound)
+            draw.conv(self.conv_weight, self.conv_bias)
         for weight in (self.filtered_weight, self.direct_weight):
             draw.normal(weight, math.sqrt(2 / (5 * heads * head)))
         draw.constant(self.recurrent_weight, 0.0)
