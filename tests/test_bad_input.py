@@ -127,3 +127,10 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path)
     done = zexp("run", "execution.device=cuda", cwd=tmp_path)
     assert done.returncode == 2 and "shows no GPU" in done.stderr
     assert not (tmp_path / "store" / "studies").exists()
+
+
+def test_a_verb_that_never_trains_says_nothing_of_training(tmp_path):
+    done = zexp("calc", "arch=transformer_10m", "arch.width=0", "arch.norm.kind=foo", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "arch.width = 0" in done.stderr and "arch.norm.kind = 'foo'" in done.stderr
+    assert done.stderr.endswith("2 problems.\n")

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     if verb in HYDRA_VERBS:
         from zexp.hydra_app import hydra_verb
 
-        return _guarded(lambda: hydra_verb(verb, rest))
+        return _guarded(lambda: hydra_verb(verb, rest), trains=verb in ("run", "plan"))
     if verb not in OTHER_VERBS:
         import difflib
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from zexp import verbs
 
-    return _guarded(lambda: getattr(verbs, verb)(rest))
+    return _guarded(lambda: getattr(verbs, verb)(rest), trains=False)
 
 
 def _verbs_completed(words: list[str]) -> list[str] | None:
@@ -99,8 +99,11 @@ def _completion(words: list[str]) -> list[str]:
     return ["run", *words]
 
 
-def _guarded(verb: Callable[[], int]) -> int:
-    """A wrong request ends with its text and 2; Ctrl-C with 130; a closed pipe quietly."""
+def _guarded(verb: Callable[[], int], *, trains: bool) -> int:
+    """A wrong request ends with its text and 2; Ctrl-C with 130; a closed pipe quietly.
+
+    trains: the verb is about a training, and whoever reads of its problems wants to know that none was started.
+    """
     from zexp.config.errors import ConfigError
     from zexp.store.errors import StoreError
 
@@ -111,7 +114,7 @@ def _guarded(verb: Callable[[], int]) -> int:
         for problem in error.problems:
             print(f"{'  ' if many else ''}ConfigError: {problem}", file=sys.stderr)
         if many:
-            print(f"{len(error.problems)} problems; no training was started.", file=sys.stderr)
+            print(f"{len(error.problems)} problems{'; no training was started' if trains else ''}.", file=sys.stderr)
         return 2
     except StoreError as error:
         print(f"StoreError: {error}", file=sys.stderr)

@@ -79,7 +79,10 @@ def test_all_mistakes_are_reported_at_once():
         ("a", {"a": {"heads": 4, "kv_heads": 3}}, "arch.blocks.a.kv_heads = 3: 4 query heads cannot share 3 evenly."),
         ("a", {"a": {"heads": 16}}, "rotary embedding pairs channels, but a head has 1."),
         ("a", {"a": {"heads": 0}}, "arch.blocks.a.heads = 0: it must be at least 1."),
-        ("a", {}, "arch.blocks.a.heads: this key has no default and is missing."),
+        ("a", {"a": {}}, "arch.blocks.a.heads: this key has no default and is missing."),
+        ("a", {}, "arch.blocks.a: the pattern has a layer 'a' (attention) and no table says its sizes."),
+        ("e", {}, "write at least e: {width: ...}."),
+        ("x", {"x": {"heads": 3}}, "cannot be cut into 3 heads.\n  Choose a multiple of 0.1875, or a number of heads"),
         ("d", {"d": {"width": 8, "activation": "swish"}}, "choose one of swiglu, geglu_erf"),
         ("m", {"m": {"head_dim": 5}}, "the inner width 32 (expand 2 × width 16) cannot be cut into heads of 5."),
         ("m", {"m": {"head_dim": 8, "groups": 3}}, "4 heads cannot be shared evenly by 3 groups."),
@@ -263,6 +266,16 @@ def test_a_pattern_that_cannot_be_read_hides_no_mistake_of_the_tables():
         resolve_model(arch, 16)
     for part in ("is never closed", "arch.blocks.a.heads = 3: the width 130", "arch.blocks.d.width = 0"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [{"norm": {"kind": "foo"}}, {"parallel": {"combine": "foo"}}, {"logit_softcap": "x"}])
+def test_a_wrong_key_of_the_stack_hides_no_other_mistake(wrong):
+    arch = {"pattern": "a d", "width": 130, "blocks": {"a": {"heads": 3}, "d": {"width": 0}}, **wrong}
+    for width, said in ((130, "arch.blocks.a.heads = 3: the width 130"), (0, "arch.width = 0: it must be at least 1.")):
+        with pytest.raises(ConfigError) as error:
+            resolve_model({**arch, "width": width}, 16)
+        assert said in str(error.value)
+        assert f"arch.{next(iter(wrong))}" in str(error.value)
 
 
 @pytest.mark.parametrize(

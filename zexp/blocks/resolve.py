@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -82,8 +83,10 @@ def resolve_model(arch: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     rest = {key: value for key, value in arch.items() if key not in ("pattern", "blocks", "vocab_size")}
     stack, wrong = options.read(Stack, rest, "arch")
     problems.extend(wrong)
-    if stack is not None and stack.width < 1:
-        problems.add(f"arch.width = {stack.width}: it must be at least 1.")
+    # Not the stack's: a stack that cannot be read must not hide what does not fit the width.
+    written_width = arch.get("width")
+    if type(written_width) is int and written_width < 1:
+        problems.add(f"arch.width = {written_width}: it must be at least 1.")
     if stack is not None and stack.norm.eps <= 0:
         problems.add(f"arch.norm.eps = {stack.norm.eps}: it must be above 0.")
     if stack is not None and stack.logit_softcap is not None and stack.logit_softcap <= 0:
@@ -93,7 +96,7 @@ def resolve_model(arch: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
             "arch.parallel: the pattern has no parallel branches, so these keys would be ignored.\n"
             "  Leave arch.parallel out, or write branches: '(a|m)'."
         )
-    width = stack.width if stack is not None and stack.width > 0 else None
+    width = written_width if type(written_width) is int and written_width > 0 else None
     tables = arch.get("blocks") or {}
     if not isinstance(tables, Mapping):
         problems.add(f"arch.blocks = {tables!r}: a table of keys for each letter is expected.")
@@ -171,6 +174,14 @@ def _specs(
             continue
         where = f"arch.blocks.{letter}"
         table = tables.get(letter)
+        needed = _required(spec_class(letter))
+        if table is None and needed and not stored:
+            sizes = ", ".join(f"{key}: ..." for key in needed)
+            problems.add(
+                f"{where}: the pattern has a layer '{letter}' ({spec_class(letter).NAME}) and no table says its sizes.\n"
+                f"  Under arch.blocks, write at least {letter}: {{{sizes}}}."
+            )
+            continue
         spec, wrong = options.read(spec_class(letter), {} if table is None else table, where, stored)
         problems.extend(wrong)
         if spec is None or width is None:
@@ -180,6 +191,11 @@ def _specs(
         if not wrong:
             specs[letter] = spec.completed(width)
     return specs
+
+
+def _required(cls: type[BlockSpec]) -> list[str]:
+    """Keys without a default."""
+    return [one.name for one in dataclasses.fields(cls) if one.default is one.default_factory is dataclasses.MISSING]
 
 
 def _check_layers(layers: list[str], specs: Mapping[str, BlockSpec], problems: Problems) -> None:

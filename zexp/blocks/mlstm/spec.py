@@ -60,7 +60,8 @@ class Spec(BlockSpec):
             ):
                 found.append(
                     f"{where}.{key} = {factor}: {inner:g} channels ({factor:g} × width {width}) cannot be cut into "
-                    f"{self.heads} heads.\n  Choose a multiple of {self.heads / width:g}."
+                    f"{self.heads} heads.\n  Choose a multiple of {self.heads / width:g}, or a number of heads "
+                    f"that divides both factors' channels."
                 )
         return found
 
