@@ -258,7 +258,8 @@ def test_a_training_that_starts_from_a_checkpoint(folder):
     assert {name: tensor.shape for name, tensor in before.items()} == {
         name: tensor.shape for name, tensor in after.items()
     }
-    assert transformers.AutoConfig.from_pretrained(folder / "again").eos_token_id == 1
+    theirs = transformers.AutoConfig.from_pretrained(folder / "again")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (back.bos_token_id, back.eos_token_id) == (1, 1)
 
     # The same content elsewhere is the same run, and a model's own export is a checkpoint as well.
     again = zexp("run", "arch=llama", *RUN, *given[1:], f"init.from_hf={path}", cwd=folder)

@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from tests.data.conftest import CONFIG
 from zexp.config.errors import ConfigError
-from zexp.data import recipe, tokenizer, windows
+from zexp.data import published, recipe, tokenizer, windows
 from zexp.store.errors import StoreError
 from zexp.store.folder import Store
 from zexp.store.ids import semantic_id
 
+END = {"__type": "AddedToken", "content": "</s>", "special": True}
 TEXT = "one and two make three\n" * 20 + "</s> is four characters\n"
 
 
@@ -38,7 +39,7 @@ def folder(tmp_path) -> Path:
     content = json.loads(made.to_str())
     content["model"]["vocab"]["zzz"] = 999
     (target / "tokenizer.json").write_text(json.dumps(content))
-    (target / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": "<s>"}))
+    (target / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "bos_token": "<s>"}))
     return target
 
 
@@ -111,7 +112,34 @@ def test_what_goes_along_into_an_export(folder, store, tmp_path):
     made = semantic(tmp_path)
     build(store, made, tmp_path)
     exported = tokenizer.exported(store, semantic_id(made), 64)
-    assert exported == {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    assert sorted(exported) == ["tokenizer.json", "tokenizer_config.json"]
+    assert exported["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert json.loads(exported["tokenizer_config.json"]) == {**config, "bos_token": "</s>"}
+
+
+@pytest.mark.parametrize("beside", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(("eod", "id_"), [(None, 2), ("<pad>", 1)], ids=["eos", "another"])
+def test_its_ends_in_an_export_are_those_of_the_training(folder, store, tmp_path, beside, eod, id_):
+    transformers = pytest.importorskip("transformers")
+    (folder / "tokenizer_config.json").rename(folder / beside)
+    made = semantic(tmp_path, eod=eod)
+    build(store, made, tmp_path)
+    target = tmp_path / "out"
+    target.mkdir()
+    for name, content in tokenizer.exported(store, semantic_id(made), 64).items():
+        (target / name).write_bytes(content)
+    (target / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    loaded = transformers.AutoTokenizer.from_pretrained(target)
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (id_, id_)
+    assert loaded("one two", add_special_tokens=False)["input_ids"] == tokenizer.encode(
+        tokenizer.load(store, semantic_id(made)), ["one two"]
+    )[0]
+
+
+def test_files_that_say_so_already_go_along_as_they_are():
+    content = b'{"bos_token": {"content": "</s>"},  "eos_token": "</s>"}'
+    assert published.with_ends(content, "</s>") == content
 
 
 def test_files_that_have_changed_since_the_plan_are_refused(folder, store, tmp_path):

@@ -66,6 +66,18 @@ def copy(folder: Path, found: Mapping[str, Any], target: Path) -> None:
         raise StoreError(f"{folder}: the tokenizer's files have changed since the plan. Run the same command again.")
 
 
+def with_ends(content: bytes, token: str) -> bytes:
+    """One of the files BESIDE, with this token as its bos_token and its eos_token; as it is where it says so already."""
+    made = json.loads(content)
+    changed = {key: token for key in ("bos_token", "eos_token") if _text(made.get(key)) != token}
+    return (json.dumps(made | changed, indent=2, ensure_ascii=False) + "\n").encode() if changed else content
+
+
+def _text(token: Any) -> str | None:
+    """What a special token is written as: {content, …} in some files, its text alone in others."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 def _folder(config: Mapping[str, Any], directory: Path) -> Path:
     path = config.get("path")
     if not path:
@@ -106,7 +118,7 @@ def _eod_id(said: str | None, folder: Path, ids: Mapping[str, int]) -> int:
     for name in BESIDE if said is None else ():
         found = _json(folder / name).get("eos_token") if (folder / name).is_file() else None
         if found is not None:
-            token, where = found["content"] if isinstance(found, dict) else found, f"{folder / name}: eos_token"
+            token, where = _text(found), f"{folder / name}: eos_token"
             break
     if token is None:
         raise ConfigError(

@@ -109,15 +109,19 @@ def eod_id(store: Store, id_: str) -> int:
 def exported(store: Store, id_: str, seq_len: int) -> dict[str, bytes]:
     """File names and contents of a tokenizer as AutoTokenizer of `transformers` loads it; StoreError if it was not built.
 
-    One trained here names <|eod|> as the token that begins and ends a text, and puts it nowhere by itself.
+    Its bos_token and its eos_token are the token that began and ended documents in training, whatever a published one
+    called them. One trained here puts it nowhere by itself.
     """
     result = store.folder("tokenizer", id_).required()
+    eod = load(store, id_).id_to_token(eod_id(store, id_))
+    assert eod is not None, "the plan found it in the vocabulary"
     found = {name: (result / name).read_bytes() for name in published.files_of(result)}
+    found |= {name: published.with_ends(found[name], eod) for name in published.BESIDE if name in found}
     if "tokenizer_config.json" not in found:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": EOD,
-            "eos_token": EOD,
+            "bos_token": eod,
+            "eos_token": eod,
             "model_max_length": seq_len,
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,  # "<|eod|>" that stands in a text is seven characters, as in training
