@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.study.test_plan import TEXTS, of_kind, planned
+from zexp import starter
 from zexp.blocks.resolve import resolve_model
 from zexp.config.errors import ConfigError
 from zexp.model.build import build
-from zexp.model.hf import export, table
+from zexp.model.hf import convert, export, folder, table
+from zexp.store.errors import StoreError
 
 TINY = {
     "pattern": "a d",
@@ -87,9 +89,13 @@ def test_a_seed_orders_the_data_alone(directory):
             ],
         ),
         (("init.from_hf=in", "arch.pattern=a d a d"), ["has 2 layers, a d; the pattern has 4"]),
+        (
+            ("init.from_hf=in", "+arch.match={parameters:20K}"),
+            ["arch.match and init.from_hf are both set", "Set arch.match to null"],
+        ),
         (("init.from_hf=in", "+arch.vocab_size=320"), ["arch.vocab_size = 320", "vocab_size: 300"]),
     ],
-    ids=["folder", "seed", "keys", "pattern", "vocabulary"],
+    ids=["folder", "seed", "keys", "pattern", "match", "vocabulary"],
 )
 def test_what_does_not_fit_is_said_before_anything_starts(directory, words, says):
     with pytest.raises(ConfigError) as caught:
@@ -105,6 +111,32 @@ def test_missing_and_surplus_tensors_are_named(directory):
     with pytest.raises(ConfigError) as caught:
         planned(directory, (*ARCH, "init.from_hf=in"))
     assert "lacks model.norm.weight." in str(caught.value) and "model.extra." in str(caught.value)
+
+
+def test_nan_weights_are_named_where_they_are_read(directory):
+    file = directory / "in" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = torch.nan
+    tensors["model.layers.0.mlp.up_proj.weight"][:2, 0] = torch.inf
+    save_file(tensors, file)
+    semantic = resolve_model(TINY, 300)
+    read = folder.read(directory / "in", "init.from_hf")
+    with pytest.raises(StoreError) as caught:
+        convert.load(read, folder.check(read, semantic, "init.from_hf"), build(semantic, seed=None), semantic)
+    assert "model.norm.weight (1 of 16), model.layers.0.mlp.up_proj.weight (2 of 384). " in str(caught.value)
+    assert "save or download the checkpoint again" in str(caught.value)
+
+
+def test_a_folder_of_ones_own_needs_a_row_for_every_token(directory):
+    words = {f"word{number}": number for number in range(305)}
+    (directory / "in/tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    (directory / "in/tokenizer_config.json").write_text(json.dumps({"eos_token": "word0"}))
+    with pytest.raises(ConfigError, match=r"has 300 rows, and its tokenizer\.json has token ids up to 304: 5 tokens"):
+        starter.write(directory / "mine", directory / "in")
+    assert not (directory / "mine").exists()
+    del words["word304"], words["word303"], words["word302"], words["word301"], words["word300"]
+    (directory / "in/tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    assert directory / "mine/conf/arch/mine.yaml" in starter.write(directory / "mine", directory / "in")
 
 
 def test_other_mistakes_are_reported_with_it(directory):

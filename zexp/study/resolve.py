@@ -239,6 +239,12 @@ class Resolver:
             return None
         if run.seeds.init is not None:
             raise ConfigError(f"seeds.init = {run.seeds.init} draws no weights: they come from init.from_hf. Set it to null.")
+        if run.arch.match is not None:
+            raise ConfigError(
+                f"arch.match and init.from_hf are both set: {path} holds weights of one size, and arch.match chooses "
+                "others.\n  Set arch.match to null and write the sizes that the weights have, or draw the weights "
+                "(init.from_hf=null)."
+            )
         key = json.dumps([path, model], sort_keys=True)
         if key not in self._inits:
             found = hf_folder.read(self.directory / Path(path).expanduser(), "init.from_hf")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from zexp.model.hf.family import Family, Parts
-from zexp.model.hf.folder import Folder
+from zexp.model.hf.folder import NAMED, Folder
 from zexp.model.hf.pieces import Piece
 from zexp.store.errors import StoreError
 
@@ -43,15 +43,26 @@ def parted(piece: Piece, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
 def load(folder: Folder, family: Family, model: nn.Module, semantic: Mapping[str, Any]) -> None:
     """Replace the model's weights by the folder's, in fp32, in place. The folder was checked (folder.check).
 
-    semantic: the model's block. Raises StoreError if tensors that are tied in the model differ in the file.
+    semantic: the model's block. Raises StoreError if tensors that are tied in the model differ in the file, and for NaN
+    and infinities, with the tensors that have them: training would end at its first loss and name none.
     """
     ours = model.state_dict()
+    broken: list[str] = []
     with ExitStack() as stack, torch.no_grad():
         files = {file: stack.enter_context(safe_open(str(file), "pt")) for file in folder.files}
         for piece in family.tensors(Parts(semantic)):
             parts = [_read(folder, files, (theirs.name, *theirs.also)) for theirs in piece.theirs]
+            for theirs, part in zip(piece.theirs, parts, strict=True):
+                if bad := part.numel() - int(torch.isfinite(part).sum()):
+                    broken.append(f"{theirs.name} ({bad:,} of {part.numel():,})")
             target = ours.pop(piece.ours)
             target.copy_(joined(piece, parts, target.shape))
+    if broken:
+        more = f" and {len(broken) - NAMED} more tensors" if len(broken) > NAMED else ""
+        raise StoreError(
+            f"{folder.path}: weights are NaN or infinite in fp32: {', '.join(broken[:NAMED])}{more}. "
+            "Nothing can be trained from them; save or download the checkpoint again."
+        )
     assert not ours, f"no tensor of a {family.class_name} makes {', '.join(ours)}"
 
 
