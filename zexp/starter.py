@@ -108,7 +108,14 @@ def _from_checkpoint(path: Path) -> dict[str, str]:
         checkpoints.check(found, family.resolved(found.config), key)
     except Unreadable as error:
         raise ConfigError(f"{found.where} is no model that zexp can have: {error}") from error
-    published.semantic({"path": str(path)}, Path(), DigestCache(None))
+    tokens = published.semantic({"path": str(path)}, Path(), DigestCache(None))["vocab_size"]
+    if arch["vocab_size"] < tokens:
+        raise ConfigError(
+            f"{key}: the embedding in {path} has {arch['vocab_size']} rows, and its tokenizer.json has token ids up to "
+            f"{tokens - 1}: {tokens - arch['vocab_size']} tokens have no row.\n"
+            "  Copy the tokenizer that the model was trained with into the folder, or give the model the rows with "
+            f"transformers: model.resize_token_embeddings({tokens}), then save_pretrained()."
+        )
     arch["pattern"] = _repeated(arch["pattern"], len(family.unit))
     blocks = arch.pop("blocks")
     written = yaml.safe_dump({**arch, "blocks": blocks}, sort_keys=False, default_flow_style=None, width=110)
