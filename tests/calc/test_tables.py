@@ -36,6 +36,17 @@ def test_architectures_stand_side_by_side(tmp_path):
     assert [one["name"] for one in found] == ["zamba2_2p7b", "llama3p2_1b"]
 
 
+def test_rows_of_many_architectures_have_their_active_parameters_and_whole_names(tmp_path):
+    names = ["transformer_10m", "qwen3_next_style", "nvidia_hybrid_8b", "jamba_v0p1"]
+    words = ("-m", f"arch={','.join(names)}")
+    lines = zexp("calc", *words, cwd=tmp_path, COLUMNS="80").stdout.splitlines()
+    rows = {line.split()[0]: line.split()[1:5] for line in lines if line.split()[0] in names}
+    assert list(rows) == names
+    assert rows["jamba_v0p1"] == ["51.6", "B", "12.1", "B"]
+    lines = zexp("calc", *words, "seq_len=1024,4096", cwd=tmp_path, COLUMNS="80").stdout.splitlines()
+    assert any(line.startswith("qwen3_next_style") for line in lines) and max(map(len, lines)) <= 80
+
+
 def test_the_json_has_the_promised_keys_and_its_blocks_sum_up(tmp_path):
     answer = json.loads(zexp("calc", "--json", "arch=jamba_10m", cwd=tmp_path).stdout)
     assert set(answer["parameters"]) == {"total", "active", "embedding"}

@@ -145,17 +145,40 @@ def _print_side_by_side(answers: Sequence[dict[str, Any]], console: Console) -> 
             table.add_row(label, *(figure[label] for figure in figures))
         console.print(table)
         return
-    short = {"parameters": "parameters", "training FLOPs/token": "train/token", "training memory": "training"}
+    _print_rows(answers, figures, console)
+
+
+def _print_rows(answers: Sequence[dict[str, Any]], figures: Sequence[dict[str, str]], console: Console) -> None:
+    """A row for each architecture; where the names are too long for that, each name on a line above its figures."""
+    columns = {
+        "params": [figure["parameters"] for figure in figures],
+        "active\nparams": [figure["active"] for figure in figures],
+        "training\nper token": [say_flops(answer["flops_per_token"]["train"]) for answer in answers],
+        "train\nmemory": [figure["training memory"] for figure in figures],
+    }
     if "tokens" in figures[0]:
-        short |= {"tokens": "tokens", "tokens/parameter": "per parameter"}
+        shown = {"tokens": "tokens", "per\nparam": "tokens/parameter"}
     else:
-        short |= {"KV/token": "KV/token", "state": "state", "with weights at 32768": "at 32,768"}
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(["", *short.values()]):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for name, figure in zip(names, figures, strict=True):
-        table.add_row(name, *(figure[key] for key in short))
-    console.print(table)
+        shown = {"KV/\ntoken": "KV/token", "state": "state", "at\n32,768": "with weights at 32768"}
+    columns |= {title: [figure[key] for figure in figures] for title, key in shown.items()}
+    titles = [title.split("\n") for title in columns]
+    heads = zip(*([""] * (2 - len(lines)) + lines for lines in titles), strict=True)
+    rows = list(zip(*columns.values(), strict=True))
+    widths = [max(map(len, (*lines, *cells))) for lines, cells in zip(titles, columns.values(), strict=True)]
+    names = [answer["name"] for answer in answers]
+    first = max(map(len, names))
+    above = first + sum(widths) + 2 * len(widths) > console.width
+    indent = 0 if above else first
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return name.ljust(indent) + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    for head in heads:
+        console.print(line("", head), style="bold", markup=False)
+    for name, row in zip(names, rows, strict=True):
+        if above:
+            console.print(name, markup=False)
+        console.print(line("" if above else name, row), markup=False)
 
 
 def _compared(answer: dict[str, Any], contexts: set[int]) -> dict[str, str]:
