@@ -106,6 +106,19 @@ def test_what_cannot_be_met_is_said(arch, asked, says):
         assert text in str(error.value)
 
 
+def test_widths_between_the_steps_are_offered_without_contradicting_them():
+    with pytest.raises(ConfigError) as error:
+        match.resolve({**preset("xlstm_7b"), "match": {"parameters": "30M"}}, VOCAB, LENGTH)
+    assert "arch.width=256" in str(error.value)
+    assert "Widths at which heads keep their own width go in steps of 512 here." in str(error.value)
+
+
+def test_a_part_that_a_block_does_not_have_is_no_size():
+    arch = {"pattern": "a e", "width": 64, "blocks": {"a": {"heads": 4}, "e": {"width": 64, "experts": 4}}}
+    _, found = solved(arch, parameters="1M")
+    assert "arch.blocks.e.width" in found.changed and "arch.blocks.e.shared_width" not in found.changed
+
+
 def test_mistakes_of_the_architecture_and_of_the_target_are_reported_together(tmp_path):
     words = ["arch.match={parameters:many}", "arch.blocks.a.heads=5", "execution.device=tpu"]
     done = zexp("plan", *words, cwd=tmp_path)

@@ -215,7 +215,8 @@ class _Search:
             assert changed is not None, "only legal widths are tried"
             for key in spec.SCALED_WIDTHS:
                 size = getattr(spec, key)
-                changed[key] = max(step, round(size * ratio * factor / step) * step) if size else size
+                if size:  # 0: the block has no such part, and gets none
+                    changed[key] = max(step, round(size * ratio * factor / step) * step)
             tables.setdefault(letter, {}).update(changed)
             chosen |= {f"arch.blocks.{letter}.{key}": size for key, size in changed.items()}
         model = resolve_model({**self.arch, "width": width, "blocks": tables}, self.vocab_size)
@@ -278,16 +279,21 @@ class _Search:
                 keys = ", ".join(f"{key}={value}" for key, value in size.chosen.items())
                 text += f"\n  {size.value:,.0f} {_say(self.quantity)} ({size.value / self.target - 1:+.1%}): {keys}."
         legal = self.widths
-        steps = f"Widths go in steps of {legal[1] - legal[0]} here. " if len(legal) > 1 else ""
+        which = "Widths at which heads keep their own width" if self._has_heads else "Widths"
+        steps = f"{which} go in steps of {legal[1] - legal[0]} here. " if len(legal) > 1 else ""
         return f"{text}\n  {steps}{self._advice(below is None)}"
+
+    @property
+    def _has_heads(self) -> bool:
+        return any(spec.SCALED_HEADS or hasattr(spec, "head_dim") for spec in self.specs.values())
 
     def _advice(self, too_small: bool) -> str:
         if too_small:
-            return "Take fewer layers (arch.pattern), or a smaller vocabulary: the smallest width is above the target."
+            heads = ", smaller heads, which allow smaller widths," if self._has_heads else ""
+            return f"Take fewer layers (arch.pattern){heads} or a smaller vocabulary: the smallest size is above the target."
         channel = any(spec.SCALED_WIDTHS for spec in self.specs.values())
-        heads = any(spec.SCALED_HEADS or hasattr(spec, "head_dim") for spec in self.specs.values())
         ways = ["another number of layers (arch.pattern)"]
-        ways += ["smaller heads, which make the steps finer"] * heads
+        ways += ["smaller heads, which make the steps finer"] * self._has_heads
         ways += [] if channel else ["an MLP, whose width goes in finer steps"]
         return f"Take one of these sizes as the target, or {', or '.join(ways)}."
 
