@@ -122,6 +122,14 @@ def test_a_folder_of_ones_own_runs_as_it_is_and_then_trains_nothing(tmp_path):
     assert zexp("init", "mine", cwd=tmp_path).returncode == 2, "init overwrites nothing"
 
 
+def test_the_command_that_a_new_folder_names_counts_what_it_trains(tmp_path):
+    assert zexp("init", "mine", cwd=tmp_path).returncode == 0
+    comment = (tmp_path / "mine/conf/arch/mine.yaml").read_text().splitlines()[0]
+    words = comment.split("`zexp calc ")[1].split("`")[0].split()
+    answer = json.loads(zexp("calc", "--json", *words, cwd=tmp_path / "mine").stdout)
+    assert (answer["arch"], answer["vocab_size"], answer["seq_len"]) == ("mine", 512, 128)
+
+
 def test_a_changed_study_becomes_the_current_revision(tmp_path):
     assert zexp("init", "mine", cwd=tmp_path).returncode == 0
     folder = tmp_path / "mine"

@@ -20,7 +20,7 @@ from zexp.store.files import write_atomic
 from zexp.store.fingerprint import DigestCache
 
 ARCH = """\
-# Two Mamba2 layers around one attention layer. `zexp calc arch=mine` counts it.
+# Two Mamba2 layers around one attention layer. `zexp calc +sweeps=mine` counts it.
 pattern: m a d m
 width: 64
 tie_embeddings: true
@@ -123,7 +123,7 @@ def _from_checkpoint(path: Path) -> dict[str, str]:
     tokenizer = "tokenizer: {kind: bpe, vocab_size: 512}\n"
     seq_len = "seq_len: 128\n"
     assert tokenizer in CORPUS and seq_len in STUDY
-    title = f"# What {found.where} describes, a {family.class_name}. `zexp calc arch=mine` counts it.\n"
+    title = f"# What {found.where} describes, a {family.class_name}. `zexp calc +sweeps=mine` counts it.\n"
     return {
         "conf/arch/mine.yaml": title + written,
         "conf/corpus/mine.yaml": CORPUS.replace(tokenizer, f"tokenizer: {{kind: hf, path: {where}}}\n"),
