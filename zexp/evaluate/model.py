@@ -38,7 +38,8 @@ Said = Callable[[int, int], None]  # (sequences done, sequences in all)
 class Adapter(TemplateLM):
     """A model and its tokenizer behind lm-eval's interface.
 
-    eod_id: the token that begins and ends documents. context_tokens: what the model sees at most; longer contexts lose their beginning. batch_size: rows in a forward pass.
+    eod_id: the token that begins and ends documents. context_tokens: what the model sees at most; longer contexts lose their
+    beginning. batch_size: rows in a forward pass.
     on_progress: called after each of them.
     """
 

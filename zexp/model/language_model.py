@@ -67,15 +67,10 @@ class Residual(nn.Module):
         self.call = None if self.feeder is None else layer_module(self.feeder).Call(specs[self.feeder], width, eps)
 
     def initialise(self, draw: Draw) -> None:
-        for norms in (self.norm and [self.norm], self.norms and self.norms.values()):
-            for one in norms or ():
-                one.initialise(draw)  # type: ignore[operator]
-        if self.call is not None:
-            self.call.initialise(draw)
-        for branch in self.branches.values():
-            branch.initialise(draw)  # type: ignore[operator]
-        for one in self.out_norms.values() if self.out_norms is not None else ():
-            one.initialise(draw)  # type: ignore[operator]
+        parts: list[Any] = [self.norm, *(self.norms or {}).values(), self.call, *self.branches.values()]
+        for part in (*parts, *(self.out_norms or {}).values()):
+            if part is not None:
+                part.initialise(draw)
 
     def forward(self, hidden_BTD: Tensor, fed_BTD: Tensor | None, context: Context) -> Tensor:
         inputs = self._normed(hidden_BTD, fed_BTD)
