@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from zexp.config.errors import ConfigError
 from zexp.store.folder import Store
 from zexp.study import plan as plans
-from zexp.study.launch import base, progress
+from zexp.study.launch import LauncherOptions, base, launch, progress
 
 # Seconds on one slot, to put the critical path first; only their order matters. FLOP/s is one CPU core's.
 FLOPS_PER_SECOND = 6e10
@@ -17,24 +14,10 @@ DATA_SECONDS = 5.0
 EVAL_SECONDS = 2.0
 
 
-def options_of(launcher: Mapping[str, Any]) -> base.LauncherOptions:
-    """The launcher's options from the node hydra.launcher. Raises ConfigError for keys that it does not have."""
-    given = {str(key): value for key, value in launcher.items() if key != "_target_"}
-    known = {field.name for field in dataclasses.fields(base.LauncherOptions)}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ConfigError(
-            [f"hydra.launcher.{key}: there is no such option. There are: {', '.join(sorted(known))}." for key in unknown]
-        )
-    options = base.LauncherOptions(**given)
-    options.check()
-    return options
-
-
 def run_stages(
     stages: Sequence[plans.Stage],
     store: Store,
-    options: base.LauncherOptions,
+    options: LauncherOptions,
     before: Mapping[str, base.Outcome] | None = None,
 ) -> dict[str, base.Outcome]:
     """Run the stages, parents first; how each ended. before: outcomes of an earlier part of the plan, whose failures
@@ -56,7 +39,7 @@ def run_stages(
         else:
             launched.append(to_launch(stage))
     with progress.Progress(launched) as on_event:
-        return {**skipped, **base.launch(launched, store, options, on_event)}
+        return {**skipped, **launch(launched, store, options, on_event)}
 
 
 def to_launch(stage: plans.Stage) -> base.Stage:

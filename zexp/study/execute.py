@@ -21,7 +21,7 @@ from zexp.study.resolve import Composed, Resolver, Variant
 from zexp.study.variants import study_name
 
 if TYPE_CHECKING:
-    from zexp.study.launch.base import LauncherOptions
+    from zexp.study.launch import LauncherOptions
 
 __all__ = ["Acted", "Composed", "Request", "act", "completed", "planned"]
 
@@ -159,8 +159,7 @@ def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
 
 def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
     """The launcher's options, checked, with what the stages ask of this machine, before anything is written."""
-    from zexp.study.dispatch import options_of
-    from zexp.study.launch import machine
+    from zexp.study.launch import machine, options_of
 
     options = options_of(request.launcher)
     if options.backend == "local" and any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():

@@ -1,4 +1,4 @@
-"""What launch() refuses."""
+"""What launch() and its options refuse."""
 
 from __future__ import annotations
 
@@ -6,20 +6,32 @@ import pytest
 
 from zexp.config.errors import ConfigError
 from zexp.store.folder import Store
-from zexp.study.launch import LauncherOptions, launch
+from zexp.study.launch import LocalOptions, launch, options_of
 
 
 def test_every_wrong_option_is_named():
     with pytest.raises(ConfigError) as caught:
-        LauncherOptions(slots=0, grace_seconds=-1, retries=-1, backend="cloud", start_method="thread").check()
+        options_of(
+            {"backend": "local", "slots": 0, "grace_seconds": -1, "retries": -1, "max_failures": 0, "start_method": "thread"}
+        )
     assert len(caught.value.problems) == 5
+
+
+def test_an_unknown_launcher_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="There are: local, slurm"):
+        options_of({"backend": "cloud"})
+
+
+def test_unknown_keys_are_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.slot: there is no such option.*slots"):
+        options_of({"backend": "local", "slot": 3})
 
 
 @pytest.mark.parametrize("slots", ["two", True, 1.5])
 def test_slots_of_a_wrong_type_are_refused(slots):
     with pytest.raises(ConfigError, match=r"hydra\.launcher\.slots"):
-        LauncherOptions(slots=slots).check()
+        LocalOptions(slots=slots).check()
 
 
 def test_no_stages_are_no_work(tmp_path):
-    assert launch([], Store(tmp_path), LauncherOptions()) == {}
+    assert launch([], Store(tmp_path), LocalOptions()) == {}

@@ -9,7 +9,7 @@ from typing import Any
 from tests.study.launch import handlers
 from zexp.store.folder import Store
 from zexp.store.ids import semantic_id
-from zexp.study.launch import Event, LauncherOptions, Outcome, Stage, launch
+from zexp.study.launch import Event, LocalOptions, Outcome, Stage, launch
 
 HANDLERS = dict.fromkeys(("corpus", "segment", "eval"), "tests.study.launch.handlers:run")
 
@@ -47,7 +47,7 @@ class Tree:
 
     def launch(self, *, slots: int = 1, **options: Any) -> dict[str, Outcome]:
         chosen = {"slots": slots, "preload": (), "handlers": HANDLERS, "grace_seconds": 5.0} | options
-        return launch(self.stages, self.store, LauncherOptions(**chosen), self.events.append)
+        return launch(self.stages, self.store, LocalOptions(**chosen), self.events.append)
 
     def record(self, *whats: str) -> list[dict[str, Any]]:
         return [line for line in handlers.read(self.store.root) if not whats or line["what"] in whats]

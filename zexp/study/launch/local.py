@@ -14,7 +14,6 @@ import selectors
 import shutil
 import signal
 import socket
-import sysconfig
 import tempfile
 import threading
 import time
@@ -24,13 +23,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-import zexp
 from zexp.store.attempt import AttemptRecord
 from zexp.store.errors import StoreError
 from zexp.store.folder import Store
 from zexp.study import stages as running
-from zexp.study.launch import machine, slot
-from zexp.study.launch.base import Event, LauncherOptions, OnEvent, Outcome, Stage, Status
+from zexp.study.launch import environment, machine, slot
+from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, Status
+from zexp.study.launch.ended import describe, tail
+from zexp.study.launch.options import LocalOptions
 from zexp.study.launch.scheduler import Job, Schedule
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.5
 LEAVE_SECONDS = 10.0  # how long a server may take to notice that it is over
 SLOT_RESTARTS = 3  # of all slots of a launch together; more is no accident
-TRACEBACK_LINES = 15
-_SITE = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
 
 
 @dataclass
@@ -71,11 +69,11 @@ class _Try:
 
 @dataclass
 class LocalLaunch:
-    """One launch; see base.launch for the contract of run()."""
+    """One launch; see launch() in launch/__init__.py for the contract of run()."""
 
     stages: Sequence[Stage]
     store: Store
-    options: LauncherOptions
+    options: LocalOptions
     on_event: OnEvent
     _outcomes: dict[str, Outcome] = field(default_factory=dict)
     _slots: list[_Slot] = field(default_factory=list)
@@ -190,7 +188,7 @@ class LocalLaunch:
         # would kill its server one second later, in the middle of writing a state.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with environment_variables(**_environment(self._threads())):
+            with environment_variables(**environment.of_stages(self._threads())):
                 return executor.submit(slot.serve, *arguments)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -238,7 +236,7 @@ class LocalLaunch:
             elif message["op"] == "failed":
                 one.error = message["error"]
             elif message["op"] == "exit":
-                self._job_ended(one, _describe(message["status"]))
+                self._job_ended(one, describe(message["status"]))
                 one.state, one.job = "idle", None
             else:
                 self._stage_says(message)
@@ -271,7 +269,7 @@ class LocalLaunch:
             one.connection.close()
             one.connection = None
         stderr = one.submitted.stderr() if one.submitted is not None else None
-        said = one.error or _tail(stderr or "")
+        said = one.error or tail(stderr or "")
         one.error = f"The server of slot {one.name} ended unexpectedly" + (f":\n{said}" if said else ".")
         one.state = "gone"
         self._restarts += 1
@@ -350,7 +348,7 @@ class LocalLaunch:
             log = record.log if record.log.exists() else None
             failure = record.failure() if status == "failed" else None
             if failure is not None and failure["traceback"]:
-                error = _tail(failure["traceback"])
+                error = tail(failure["traceback"])
         return Outcome(status=status, error=error, seconds=seconds, log=log, tries=known.tries)
 
     # Stopping
@@ -431,27 +429,3 @@ def _short_folder() -> Path:
         return folder
     folder.rmdir()
     return Path(tempfile.mkdtemp(prefix="zexp-", dir="/tmp"))
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """What a server needs before Python starts: numbers of threads, and this zexp instead of another installed one."""
-    env = {name: str(threads) for name in machine.THREAD_VARIABLES}
-    # The working directory is the user's: a file types.py in it must not replace Python's.
-    env["PYTHONSAFEPATH"] = "1"
-    here = str(Path(zexp.__file__).parents[1])
-    if here not in _SITE:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
-    return env
-
-
-def _describe(status: int) -> str:
-    """A child's exit status in words, for a stage that ended without any."""
-    if status >= 0:
-        return f"Its process ended without a result (exit status {status})."
-    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    hint = ": by hand, or because memory ran out (see dmesg)" if -status == signal.SIGKILL else ""
-    return f"Its process was ended by {name}{hint}."
-
-
-def _tail(text: str) -> str:
-    return "\n".join(text.rstrip().splitlines()[-TRACEBACK_LINES:])

@@ -1,0 +1,187 @@
+"""SLURM's commands: what the cluster offers, what it says of jobs. Nothing here decides anything about a stage.
+
+Every call is one process. A controller that does not answer is no answer (None), never "there are no jobs".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from zexp.config.errors import ConfigError
+
+COMMAND_SECONDS = 60.0
+NEEDED = ("sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel")
+# States of a job that will not run again by itself. squeue shows them for some minutes, sacct for ever.
+OVER = {
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
+    "REVOKED",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One kind of node of one partition. limit_min: infinity without one."""
+
+    name: str
+    default: bool
+    limit_min: float
+    gpus: int  # of a node
+    cpus: int
+    mem_mb: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What the scheduler says of a job. reason: why it waits, or why it ended."""
+
+    state: str
+    reason: str = ""
+    node: str = ""
+
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
+
+
+def require() -> None:
+    """Raises ConfigError if SLURM's commands are not on the path."""
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    if missing:
+        raise ConfigError(
+            f"hydra/launcher=slurm: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not on the path. Run it on a "
+            "login node of a SLURM cluster, or take hydra/launcher=local."
+        )
+
+
+def partitions() -> list[Partition]:
+    """What the partitions offer. Raises ConfigError if the cluster does not answer."""
+    found = []
+    for line in _asked("sinfo", "-h", "-e", "-o", "%P|%l|%G|%c|%m|%D").splitlines():
+        name, limit, gres, cpus, memory, nodes = line.strip().split("|")
+        found.append(
+            Partition(
+                name=name.rstrip("*"),
+                default=name.endswith("*"),
+                limit_min=minutes_of(limit),
+                gpus=gpus_of(gres),
+                cpus=int(cpus.rstrip("+")),
+                mem_mb=int(memory.rstrip("+")),
+                nodes=int(nodes),
+            )
+        )
+    return found
+
+
+def max_array_size() -> int:
+    """How many elements an array may have. Raises ConfigError if the cluster does not answer."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _asked("scontrol", "show", "config"), re.MULTILINE)
+    if found is None:
+        raise ConfigError("`scontrol show config` names no MaxArraySize.")
+    return max(1, int(found[1]))
+
+
+def would_accept(script: str) -> str | None:
+    """Why sbatch would refuse a script (account, QOS, limits …), or None. Nothing is queued."""
+    done = _run("sbatch", "--test-only", stdin=script)
+    if done is None or done.returncode == 0:
+        return None
+    return _said(done.stderr)
+
+
+def queue(names: Iterable[str]) -> dict[str, Queued] | None:
+    """The jobs of these names that the controller knows, by id (`12`, `12_3`); None if it does not answer.
+
+    Those that have ended are among them for some minutes (MinJobAge).
+    """
+    done = _run("squeue", "-h", "-r", "-t", "all", "-n", ",".join(names), "-o", "%i|%T|%r|%N")
+    if done is None or done.returncode != 0:
+        return None
+    found = {}
+    for line in done.stdout.splitlines():
+        id, state, reason, node = line.strip().split("|", 3)
+        found[id] = Queued(state, "" if reason == "None" else reason, node)
+    return found
+
+
+def ended(ids: Sequence[str]) -> dict[str, Queued] | None:
+    """What the accounting says of jobs that the controller has forgotten; None if it does not answer or there is none."""
+    done = _run("sacct", "-n", "-X", "-P", "-j", ",".join(ids), "-o", "JobID,State,NodeList")
+    if done is None or done.returncode != 0:
+        return None
+    found = {}
+    for line in done.stdout.splitlines():
+        id, state, node = line.strip().split("|", 2)
+        word, _, rest = state.partition(" ")  # CANCELLED by 1000
+        found[id] = Queued(word, rest, node)
+    return found
+
+
+def cancel(ids: Sequence[str]) -> None:
+    """End jobs, whether they wait or run. Raises ConfigError if SLURM refuses."""
+    for start in range(0, len(ids), 500):
+        _asked("scancel", *ids[start : start + 500])
+
+
+def requeue(id: str) -> str | None:
+    """Put a running job back into the queue; why that did not work, or None."""
+    done = _run("scontrol", "requeue", id)
+    if done is None:
+        return "the controller did not answer"
+    return None if done.returncode == 0 else _said(done.stderr)
+
+
+def job_state(id: str) -> str | None:
+    """JobState of one job, from inside it; None if the controller does not answer."""
+    done = _run("scontrol", "show", "job", "-o", id)
+    found = None if done is None else re.search(r"\bJobState=(\w+)", done.stdout)
+    return None if found is None else found[1]
+
+
+def minutes_of(limit: str) -> float:
+    """SLURM's time formats: `30:00`, `4:00:00`, `2-00:00:00`, `infinite`."""
+    if limit.lower() in ("infinite", "unlimited", "n/a", "partition_limit"):
+        return math.inf
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = (0, *parts)[-3:] if len(parts) > 1 else (0, parts[0], 0)
+    return (int(days or 0) * 24 + hours) * 60 + minutes + seconds / 60
+
+
+def gpus_of(gres: str) -> int:
+    """GPUs of a node in what sinfo calls GRES: `gpu:a100:4(S:0-1),gpu:2,nvme:1` has 6."""
+    count = 0
+    for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = entry.strip().split(":")
+        if name == "gpu":
+            count += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return count
+
+
+def _asked(*command: str) -> str:
+    done = _run(*command)
+    if done is None:
+        raise ConfigError(f"SLURM does not answer (`{' '.join(command[:3])}`). Is its controller up? `scontrol ping` tells.")
+    if done.returncode != 0:
+        raise ConfigError(f"`{' '.join(command[:3])}` failed: {_said(done.stderr)}")
+    return done.stdout
+
+
+def _run(*command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str] | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, input=stdin)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _said(stderr: str) -> str:
+    lines = [re.sub(r"^\w+: (error: )?", "", line) for line in stderr.strip().splitlines()]
+    return " ".join(dict.fromkeys(line for line in lines if line)) or "no reason was given"

@@ -1,0 +1,107 @@
+"""What was submitted: which job runs which stages. It stands with its study, so that anybody can come back to it.
+
+    store/studies/<name>/submissions/<n>/submission.json    the arrays with their job ids
+                                        units/<k>.json      what the job of a unit runs
+                                        units/<k>.seen.json how far it was at its last starts (written by the job)
+                                        slurm/              submitit's scripts, and the jobs' own output
+
+Nothing here says that a stage is done: the store does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zexp.store import files
+from zexp.store.folder import Store
+
+RECORD = "submission.json"
+OVER = "over"  # an empty file: no job of the submission is left, nobody has to ask the scheduler about it
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One submission of a study."""
+
+    study: str
+    folder: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.name)
+
+    def record(self) -> dict[str, Any]:
+        value: dict[str, Any] = files.read_json(self.folder / RECORD)
+        return value
+
+    def unit(self, number: int) -> Path:
+        """What the job of a unit reads."""
+        return self.folder / "units" / f"{number}.json"
+
+    def jobs(self) -> dict[str, list[str]]:
+        """Job id -> the ids of its stages, of all jobs that were submitted."""
+        record = self.record()
+        stages = {int(number): ids for number, ids in record["units"].items()}
+        return {
+            job_id(array["job"], place, len(array["units"])): stages[unit]
+            for array in record["arrays"]
+            if array["job"] is not None
+            for place, unit in enumerate(array["units"])
+        }
+
+    @property
+    def over(self) -> bool:
+        return (self.folder / OVER).exists()
+
+    def end(self) -> None:
+        """No job of it is left."""
+        (self.folder / OVER).touch()
+
+
+def new(store: Store, study: str) -> Submission:
+    """The study's next submission, its folders made."""
+    number = max((one.number for one in of_study(store, study)), default=0) + 1
+    submission = Submission(study, store.study(study) / "submissions" / str(number))
+    (submission.folder / "units").mkdir(parents=True)
+    return submission
+
+
+def of_study(store: Store, study: str) -> list[Submission]:
+    """All of a study, oldest first."""
+    folder = store.study(study) / "submissions"
+    try:
+        names = [name for name in os.listdir(folder) if name.isdigit()]
+    except FileNotFoundError:
+        return []
+    return [Submission(study, folder / name) for name in sorted(names, key=int)]
+
+
+def open_ones(store: Store) -> Iterator[Submission]:
+    """Submissions of any study that may still have jobs."""
+    studies = store.root / "studies"
+    for name in sorted(os.listdir(studies)) if studies.is_dir() else ():
+        for one in of_study(store, name):
+            if not one.over and (one.folder / RECORD).is_file():
+                yield one
+
+
+def job_name(store: Store, study: str) -> str:
+    """The name of a study's jobs: readable, and no other study's or store's (squeue asks for jobs by their names)."""
+    readable = re.sub(r"[^\w.-]+", "_", study)[:40]
+    return f"zexp-{readable}-{hashlib.sha256(f'{store.root}/{study}'.encode()).hexdigest()[:8]}"
+
+
+def job_id(array: str, place: int, size: int) -> str:
+    """Of an element; submitit submits one unit alone as a job without an array."""
+    return array if size == 1 else f"{array}_{place}"
+
+
+def ids_of(jobs: Mapping[str, Sequence[str]], wanted: set[str]) -> list[str]:
+    """The jobs that run at least one of the wanted stages."""
+    return [id for id, stages in jobs.items() if wanted & set(stages)]
