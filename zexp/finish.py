@@ -9,6 +9,7 @@ from zexp.config.tokens import say_tokens
 from zexp.store.folder import Store
 from zexp.study.execute import Acted
 from zexp.study.launch import progress
+from zexp.study.launch.slurm.follow import come_back
 from zexp.study.plan import Stage
 from zexp.study.tracking import send_scores
 
@@ -17,6 +18,10 @@ def finish(acted: Acted, *, seconds: float) -> int:
     """Print failures and the comparison table, write the report; the exit code. seconds: since the command began."""
     the_plan, outcomes = acted.plan, acted.outcomes
     console = Console(highlight=False)
+    statuses = {outcome.status for outcome in outcomes.values()}
+    if "submitted" in statuses and acted.detached:
+        console.print(come_back(acted.study["name"]), soft_wrap=True)
+        return 0
     if any(outcome.status not in ("done", "skipped") for outcome in outcomes.values()):
         progress.failures(list(the_plan.stages.values()), outcomes, console)
     made = report.build(acted.store.root, acted.study["name"])
@@ -28,10 +33,11 @@ def finish(acted: Acted, *, seconds: float) -> int:
     console.print(f"Leaderboard: {paths['html']}", soft_wrap=True)
     for line in send_scores(the_plan, acted.store, acted.study["name"]):
         console.print(line, soft_wrap=True)
-    statuses = {outcome.status for outcome in outcomes.values()}
+    if "submitted" in statuses:
+        return 130
     if "interrupted" in statuses:
         console.print("Interrupted. The same command goes on from the last states.")
-        return 130
+        return 130 if acted.here else 1
     retried = {id for id, outcome in outcomes.items() if outcome.status == "done"}
     diverged = any(stage.diverged is not None and stage.id not in retried for stage in the_plan.stages.values())
     return 1 if diverged or statuses & {"failed", "diverged", "skipped"} else 0

@@ -288,6 +288,7 @@ class Run:
     precision: str = semantic("fp32")  # fp32 | bf16 (autocast, fp32 weights)
     store: str = execution("store")  # folder of all results
     scale: str = execution("tiny")  # the name of the scale that was applied
+    detach: bool = execution(False)  # `zexp run` returns as soon as the work is on its way
     arch: Arch = semantic(factory=Arch)
     corpus: Corpus = semantic(factory=Corpus)
     mix: Mix = semantic(factory=Mix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from zexp.store.folder import Store
 from zexp.study import plan as plans
@@ -19,9 +20,13 @@ def run_stages(
     store: Store,
     options: LauncherOptions,
     before: Mapping[str, base.Outcome] | None = None,
+    *,
+    study: str,
+    gate: Mapping[str, Any] | None = None,
+    detach: bool = False,
 ) -> dict[str, base.Outcome]:
     """Run the stages, parents first; how each ended. before: outcomes of an earlier part of the plan, whose failures
-    skip what depends on them here."""
+    skip what depends on them here. study, gate, detach: see launch()."""
     lost = {id for id, outcome in (before or {}).items() if outcome.status != "done"}
     skipped: dict[str, base.Outcome] = {}
     launched = []
@@ -39,7 +44,7 @@ def run_stages(
         else:
             launched.append(to_launch(stage))
     with progress.Progress(launched) as on_event:
-        return {**skipped, **launch(launched, store, options, on_event)}
+        return {**skipped, **launch(launched, store, options, on_event, study=study, gate=gate, detach=detach)}
 
 
 def to_launch(stage: plans.Stage) -> base.Stage:

@@ -40,7 +40,8 @@ class Request:
 class Acted:
     """What came of a run: one JobReturn for each composed config, in order, the plan, and how its stages ended.
 
-    outcomes: by stage id; empty if everything was in the store.
+    outcomes: by stage id; empty if everything was in the store. detached: the command did not wait for the end; here: the
+    stages ran on this machine, and ended with this command.
     """
 
     job_returns: list[JobReturn]
@@ -48,6 +49,8 @@ class Acted:
     study: dict[str, Any]
     store: Store
     outcomes: dict[str, Any]
+    detached: bool = False
+    here: bool = True
 
 
 class StageFailed(RuntimeError):
@@ -66,9 +69,12 @@ def act(composed: list[Composed], request: Request) -> Acted:
     if plans.mark(plan, store):  # another study may have changed the store before our pins stood
         options = _options(request, plan) if plan.to_do else None
         _create(plan, store)
-    outcomes = _run(plan, store, options) if options is not None else {}
+    outcomes = _run(plan, study["name"], store, options) if options is not None else {}
     _drop_optimizers(plan, store)
-    return Acted(_job_returns(composed, variants, plan, study, store), plan, study, store, outcomes)
+    returns = _job_returns(composed, variants, plan, study, store)
+    detached = any(variant.run.detach for variant in plan.variants)
+    here = options is None or options.backend == "local"
+    return Acted(returns, plan, study, store, outcomes, detached, here)
 
 
 def planned(composed: list[Composed], request: Request) -> tuple[plans.Plan, dict[str, Any], Store, list[Variant]]:
@@ -158,29 +164,38 @@ def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
 
 
 def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
-    """The launcher's options, checked, with what the stages ask of this machine, before anything is written."""
+    """The launcher's options, checked, with what the stages ask of this machine or cluster, before anything is written."""
+    from zexp.study.dispatch import to_launch
     from zexp.study.launch import machine, options_of
+    from zexp.study.launch.slurm import SlurmOptions, preflight
 
     options = options_of(request.launcher)
-    if options.backend == "local" and any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():
+    if isinstance(options, SlurmOptions):
+        preflight([to_launch(stage) for stage in plan.to_do], options)
+    elif any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():
         raise machine.no_gpu()
     return options
 
 
-def _run(plan: plans.Plan, store: Store, options: LauncherOptions) -> dict[str, Any]:
+def _run(plan: plans.Plan, study: str, store: Store, options: LauncherOptions) -> dict[str, Any]:
     """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
+    from zexp.study import gate
     from zexp.study.dispatch import run_stages
 
+    if options.backend == "slurm":  # the jobs themselves look whether the supplies suffice: nobody may be there to do it
+        detach = any(variant.run.detach for variant in plan.variants)
+        asked = gate.questions(plan, store)
+        return run_stages(plan.to_do, store, options, study=study, gate=asked, detach=detach)
     outcomes: dict[str, Any] = {}
     data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS]
     rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]
     if data:
-        outcomes |= run_stages(data, store, options)
+        outcomes |= run_stages(data, store, options, study=study)
         if any(outcome.status == "interrupted" for outcome in outcomes.values()):
             return outcomes
         plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
     if rest:
-        outcomes |= run_stages(rest, store, options, before=outcomes)
+        outcomes |= run_stages(rest, store, options, before=outcomes, study=study)
     return outcomes
 
 

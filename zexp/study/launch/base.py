@@ -48,7 +48,8 @@ class Event:
     """Something that a display may want to show.
 
     started, waiting (another process holds the stage's lease), retry and finished name a stage; started and finished
-    its attempt's folder; finished its outcome. slot and stopping carry a sentence. tick comes twice a second.
+    its attempt's folder; finished its outcome. slot and stopping carry a sentence. tick comes twice a second; its text says what
+    waits in a queue.
     """
 
     kind: Happening

@@ -97,6 +97,7 @@ class Progress:
         self._running: dict[str, _Running] = {}
         self._ended: dict[str, Outcome] = {}
         self._began = self._said = time.monotonic()
+        self._queue = ""  # what waits where others decide (a cluster)
         self._live = (
             Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         )
@@ -115,6 +116,7 @@ class Progress:
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
         if event.kind == "tick":
+            self._queue = event.text
             self._tick(now)
         elif event.kind in ("slot", "stopping"):
             self._print(escape(event.text))
@@ -155,12 +157,12 @@ class Progress:
             one.look(now)
         if self._live is not None:
             self._live.update(self._table(now), refresh=True)
-        elif self._running:
+        elif self._running or self._queue:
             parts = [
                 " ".join(filter(None, (one.stage.label or one.stage.id, f"{one.fraction:.0%}", *one.columns(now))))
                 for one in self._running.values()
             ]
-            self._print(escape(f"{self._overall(now)} · " + " · ".join(parts)))
+            self._print(escape(" · ".join([self._overall(now), *parts])))
 
     def _table(self, now: float) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -176,7 +178,7 @@ class Progress:
         return table
 
     def _overall(self, now: float) -> str:
-        text = f"{len(self._ended)} of {len(self._stages)} stages"
+        text = f"{len(self._ended)} of {len(self._stages)} stages" + (f", {self._queue}" if self._queue else "")
         fraction, seconds = self._fraction(), now - self._began
         if 0.05 < fraction < 1 and seconds > 10:
             text += f", about {say_seconds(seconds * (1 - fraction) / fraction)} left"
@@ -207,8 +209,12 @@ def failures(stages: Sequence[Named], outcomes: Mapping[str, Outcome], console: 
             console.print(f"  log: {escape(str(outcome.log))}", soft_wrap=True)
     for id, outcome in of["diverged"]:
         console.print(f"[red]diverged[/] {escape(labels[id])} ({id}): {escape(outcome.error or '')}", soft_wrap=True)
-    if of["interrupted"]:
-        console.print(f"[yellow]interrupted[/]: {len(of['interrupted'])} of {len(outcomes)} stages are not done")
+    reasons: dict[str, list[str]] = {}
+    for id, outcome in of["interrupted"]:
+        reasons.setdefault(outcome.error or "", []).append(labels[id])
+    for reason, names in reasons.items():
+        which = names[0] if len(names) == 1 else f"{len(names)} of {len(outcomes)} stages are not done"
+        console.print(f"[yellow]interrupted[/]: {escape(which)}" + (f": {escape(reason)}" if reason else ""), soft_wrap=True)
     if of["skipped"]:
         many = len(of["skipped"]) > 1
         console.print(

@@ -10,7 +10,7 @@ from zexp.store.folder import Store
 from zexp.study.launch.base import OnEvent, Outcome, Stage
 from zexp.study.launch.slurm.options import SlurmOptions
 
-__all__ = ["SlurmLaunch", "SlurmOptions"]
+__all__ = ["SlurmLaunch", "SlurmOptions", "preflight"]
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,19 @@ class SlurmLaunch:
         if self.detach:
             return {stage.id: Outcome(status="submitted") for stage in self.stages}
         return Follow(self.stages, self.store, self.options, self.on_event, self.study, submitted).run()
+
+
+def preflight(stages: Sequence[Stage], options: SlurmOptions) -> None:
+    """Raises ConfigError for what the cluster would refuse, before anything is written or queued."""
+    from zexp.config.errors import ConfigError
+    from zexp.study.launch.slurm import check, cluster, submit
+
+    cluster.require()
+    shapes = submit.shapes_of(stages, options)
+    blind = [stage for stage in stages if stage.request.get("device") == "cuda" and not shapes[stage.id].gpus_per_node]
+    if blind:
+        raise ConfigError(
+            f"execution.device = cuda, but hydra.launcher asks for no GPU for {len(blind)} of {len(stages)} stages.\n"
+            "  Set hydra.launcher.gpus_per_node=1 (hydra.launcher.train.gpus_per_node, hydra.launcher.eval.gpus_per_node)."
+        )
+    check.check(list(dict.fromkeys(shapes.values())))

@@ -52,12 +52,12 @@ def problems_of(shapes: Collection[Shape], there: Sequence[Partition]) -> Proble
     return problems
 
 
-def check(shapes: Collection[Shape], scripts: Sequence[str]) -> None:
-    """Raises ConfigError with everything that the cluster would refuse. scripts: one of sbatch's for each shape, which sbatch
-    is asked about (accounts, QOS, limits of users) without being given it."""
+def check(shapes: Collection[Shape]) -> None:
+    """Raises ConfigError with everything that the cluster would refuse, accounts, QOS and limits of users included: sbatch is
+    asked about a job of each shape, which it is not given."""
     problems = problems_of(shapes, cluster.partitions())
     problems.raise_if_any()
-    for script in scripts:
-        if refusal := cluster.would_accept(script):
-            problems.add(f"sbatch would refuse such a job: {refusal}")
+    for shape in shapes:
+        if refusal := cluster.refusal(shape.arguments()):
+            problems.add(f"sbatch would refuse a job of {shape.line()}: {refusal}.")
     problems.raise_if_any()

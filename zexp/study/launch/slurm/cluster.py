@@ -86,9 +86,9 @@ def max_array_size() -> int:
     return max(1, int(found[1]))
 
 
-def would_accept(script: str) -> str | None:
-    """Why sbatch would refuse a script (account, QOS, limits …), or None. Nothing is queued."""
-    done = _run("sbatch", "--test-only", stdin=script)
+def refusal(arguments: Sequence[str]) -> str | None:
+    """Why sbatch would refuse a job with these options (account, QOS, limits …), or None. Nothing is queued."""
+    done = _run("sbatch", "--test-only", *arguments, "--wrap=true")
     if done is None or done.returncode == 0:
         return None
     return _said(done.stderr)
@@ -175,9 +175,9 @@ def _asked(*command: str) -> str:
     return done.stdout
 
 
-def _run(*command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str] | None:
+def _run(*command: str) -> subprocess.CompletedProcess[str] | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, input=stdin)
+        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
     except subprocess.TimeoutExpired:
         return None
 

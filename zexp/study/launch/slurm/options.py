@@ -6,7 +6,6 @@ The names are submitit's, which Hydra's own submitit launcher made known.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -183,6 +182,21 @@ class Shape:
             "additional_parameters": extra,
         }
 
+    def arguments(self) -> list[str]:
+        """The same for sbatch's own command line."""
+        gpus = [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
+        memory = [] if self.mem_gb is None else [f"--mem={max(1, round(self.mem_gb * 1024))}M"]
+        return [
+            *([f"--partition={self.partition}"] if self.partition else []),
+            f"--nodes={self.nodes}",
+            f"--ntasks-per-node={self.tasks_per_node}",
+            f"--cpus-per-task={self.cpus_per_task}",
+            f"--time={self.timeout_min}",
+            *gpus,
+            *memory,
+            *(f"--{key}" if value == "true" else f"--{key}={value}" for key, value in self.others),
+        ]
+
     def line(self) -> str:
         """For a person: `1 node, 2 GPUs, 4 CPUs, 4 h in gpu`."""
         parts = [f"{self.nodes} node{'s' * (self.nodes != 1)}"]
@@ -230,10 +244,3 @@ def environment_lines(variables: Mapping[str, str]) -> list[str]:
     for name in variables:
         assert re.fullmatch(r"[A-Za-z_]\w*", name), name
     return [f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items())]
-
-
-def user() -> str:
-    """Whose jobs these are."""
-    import pwd
-
-    return pwd.getpwuid(os.getuid()).pw_name

@@ -1,0 +1,288 @@
+"""Stages into the queue: which of them somebody has in hand already, the units and arrays of the rest, one sbatch an array."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zexp.config.errors import ConfigError
+from zexp.store import files, lease
+from zexp.store.folder import Store
+from zexp.study import snapshot
+from zexp.study.launch import environment
+from zexp.study.launch.base import Event, OnEvent, Stage
+from zexp.study.launch.slurm import cluster, submission
+from zexp.study.launch.slurm.options import CLASSES, Shape, SlurmOptions, environment_lines, shape_of
+from zexp.study.launch.slurm.queue import Array, Unit, arrays_of, asks_for_success, units_of
+from zexp.study.launch.slurm.submission import Submission
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
+# What the libraries of a job read before they ask the network.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+
+@dataclass(frozen=True)
+class InHand:
+    """What live jobs of earlier submissions work on: stage id -> job ids; and the study's own ones among them."""
+
+    own: dict[str, list[str]] = field(default_factory=dict)
+    others: dict[str, list[str]] = field(default_factory=dict)
+    submissions: tuple[Submission, ...] = ()  # the study's own with live jobs
+
+
+def shapes_of(stages: Sequence[Stage], options: SlurmOptions) -> dict[str, Shape]:
+    """By stage id."""
+    return {stage.id: shape_of(stage, options) for stage in stages}
+
+
+def submit(
+    stages: Sequence[Stage],
+    store: Store,
+    options: SlurmOptions,
+    study: str,
+    gate: Mapping[str, Any] | None,
+    on_event: OnEvent,
+) -> list[Submission]:
+    """Submit what no live job of the study has in hand; all submissions of the study with live jobs, the new one last.
+
+    Two commands on one store submit one after the other, so that the second sees what the first one has queued.
+    Raises ConfigError if the cluster refuses; what was queued by then is cancelled.
+    """
+    turn = lease.acquire(store.root / "submitting", store.lease_times)
+    assert turn is not None
+    turn.start()
+    try:
+        held = in_hand(store, study)
+        rest = [stage for stage in stages if stage.id not in held.own]
+        if not rest:
+            on_event(Event(kind="slot", text="All of it is in the queue already."))
+            return list(held.submissions)
+        return [*held.submissions, _submit(rest, stages, store, options, study, gate, held, on_event)]
+    finally:
+        turn.release()
+
+
+def in_hand(store: Store, study: str) -> InHand:
+    """One question to the scheduler about all submissions of the store that may have jobs. Raises ConfigError if it does not
+    answer: submitting blindly would queue stages twice."""
+    known = list(submission.open_ones(store))
+    if not known:
+        return InHand()
+    queued = cluster.queue({submission.job_name(store, one.study) for one in known})
+    if queued is None:
+        raise ConfigError("SLURM's controller does not answer, so what is queued already is unknown. Nothing was submitted.")
+    own: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
+    live: list[Submission] = []
+    for one in known:
+        jobs = {id: ids for id, ids in one.jobs().items() if id in queued and not queued[id].over}
+        if not jobs and not _is_being_made(one):
+            one.end()
+        if one.study == study and jobs:
+            live.append(one)
+        for id, ids in jobs.items():
+            for stage in ids:
+                (own if one.study == study else others).setdefault(stage, []).append(id)
+    return InHand(own, others, tuple(live))
+
+
+def _is_being_made(one: Submission) -> bool:
+    return any(array["job"] is None for array in one.record()["arrays"])
+
+
+def _submit(
+    rest: Sequence[Stage],
+    stages: Sequence[Stage],
+    store: Store,
+    options: SlurmOptions,
+    study: str,
+    gate: Mapping[str, Any] | None,
+    held: InHand,
+    on_event: OnEvent,
+) -> Submission:
+    shapes = shapes_of(rest, options)
+    behind = {stage.id: frozenset(_behind(stage, held)) for stage in rest}
+    units = units_of(rest, shapes, {name: options.resources(name) for name in set(CLASSES.values())}, behind)
+    arrays = arrays_of(units, cluster.max_array_size())
+    one = submission.new(store, study)
+    code = snapshot.take(store) if options.snapshot else None
+    _write_units(one, units, stages, store, options, gate, code)
+    record: dict[str, Any] = {
+        "study": study,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "name": submission.job_name(store, study),
+        "code": None if code is None else str(code),
+        "units": {str(number): [stage.id for stage in unit.stages] for number, unit in enumerate(units)},
+        "arrays": [{"units": list(array.units), "shape": array.shape.line(), "job": None} for array in arrays],
+    }
+    files.write_json(one.folder / submission.RECORD, record)
+    try:
+        for place, array in enumerate(arrays):
+            dependency = _dependency(array, units, arrays, record)
+            record["arrays"][place] |= {"job": _sbatch(one, array, units, options, record, dependency, code), "dependency": dependency}
+            files.write_json(one.folder / submission.RECORD, record)
+    except BaseException:
+        queued = [array["job"] for array in record["arrays"] if array["job"] is not None]
+        if queued:
+            cluster.cancel(queued)
+        raise
+    jobs = len(units)
+    text = (
+        f"Submitted {jobs} job{'s' * (jobs != 1)} in {len(arrays)} array{'s' * (len(arrays) != 1)} for {len(rest)} "
+        f"stages ({', '.join(_summary(record['arrays']))})."
+    )
+    if held.own:
+        text += f" {len(held.own)} more are in the queue already."
+    on_event(Event(kind="slot", text=text))
+    return one
+
+
+def _behind(stage: Stage, held: InHand) -> set[str]:
+    """Jobs that were there before: of another study at the same stage, of this study at a parent."""
+    found = set(held.others.get(stage.id, ()))
+    for parent in stage.parents:
+        found |= set(held.own.get(parent, ()))
+    return found
+
+
+def _write_units(
+    one: Submission,
+    units: Sequence[Unit],
+    stages: Sequence[Stage],
+    store: Store,
+    options: SlurmOptions,
+    gate: Mapping[str, Any] | None,
+    code: Path | None,
+) -> None:
+    asked = None
+    if gate is not None and gate["variants"]:
+        asked = one.folder / "gate.json"
+        files.write_json(asked, dict(gate))
+    by_id = {stage.id: stage for stage in stages}
+    for number, unit in enumerate(units):
+        files.write_json(
+            one.unit(number),
+            {
+                "store": str(store.root),
+                "gate": None if asked is None else str(asked),
+                "retries": options.retries,
+                "max_failures": options.max_failures,
+                "max_fruitless": options.max_fruitless,
+                "grace_seconds": options.grace_seconds,
+                "preload": list(options.preload),
+                "handlers": options.handlers,
+                "stages": [
+                    {
+                        "request": _moved(stage.full_request(), code),
+                        "parents": [
+                            {"label": by_id[parent].label, **_place(by_id[parent])} for parent in stage.parents if parent in by_id
+                        ],
+                    }
+                    for stage in unit.stages
+                ],
+            },
+        )
+
+
+def _place(stage: Stage) -> dict[str, Any]:
+    """What tells whether a stage is done."""
+    request = stage.full_request()
+    return {key: request[key] for key in ("stage", "kind", "folder", "to", "optimizer") if key in request}
+
+
+def _moved(request: dict[str, Any], code: Path | None) -> dict[str, Any]:
+    """The request with zexp's own files as they are in the snapshot."""
+    own = request.get("eval", {})
+    if code is None or own.get("yaml") is None:
+        return request
+    return {**request, "eval": {**own, "yaml": snapshot.moved(own["yaml"], code)}}
+
+
+def _dependency(array: Array, units: Sequence[Unit], arrays: Sequence[Array], record: Mapping[str, Any]) -> str | None:
+    """sbatch's --dependency: aftercorr of one array, or the elements and other studies' jobs that all must have ended."""
+    jobs = [one["job"] for one in record["arrays"]]
+    if array.corresponds is not None:
+        return f"aftercorr:{jobs[array.corresponds]}"
+    ids = {
+        unit: submission.job_id(jobs[place], position, len(made.units))
+        for place, made in enumerate(arrays)
+        for position, unit in enumerate(made.units)
+        if unit in array.waits
+    }
+    success = sorted(id for unit, id in ids.items() if asks_for_success(units[unit], array.shape))
+    rest = sorted({*ids.values(), *array.behind} - set(success))
+    parts = [":".join([kind, *found]) for kind, found in (("afterok", success), ("afterany", rest)) if found]
+    return ",".join(parts) or None
+
+
+def _sbatch(
+    one: Submission,
+    array: Array,
+    units: Sequence[Unit],
+    options: SlurmOptions,
+    record: Mapping[str, Any],
+    dependency: str | None,
+    code: Path | None,
+) -> str:
+    """Submit an array; its job id. Raises ConfigError with sbatch's words."""
+    from submitit.core.utils import FailedSubmissionError
+
+    from zexp.study.launch.slurm import job
+
+    executor = _executor(one, array, units, options, record, dependency, code)
+    paths = [str(one.unit(number)) for number in array.units]
+    try:
+        made = executor.map_array(job.run, paths)
+    except FailedSubmissionError as error:
+        raise ConfigError(f"sbatch refused a job of {array.shape.line()}: {' '.join(str(error).split())}") from error
+    return str(made[0].job_id).partition("_")[0]
+
+
+def _executor(
+    one: Submission,
+    array: Array,
+    units: Sequence[Unit],
+    options: SlurmOptions,
+    record: Mapping[str, Any],
+    dependency: str | None,
+    code: Path | None,
+) -> SlurmExecutor:
+    from submitit import SlurmExecutor
+
+    # Jobs requeue themselves (job.py); submitit's own count of timeouts must not end them.
+    executor = SlurmExecutor(folder=one.folder / "slurm", max_num_timeout=1_000_000_000, python=sys.executable)
+    threads = max(int(stage.request.get("threads", 1)) for number in array.units for stage in units[number].stages)
+    variables = environment.of_stages(threads, code)
+    if options.offline:
+        variables |= {name: value for name, value in OFFLINE.items() if name != "WANDB_MODE" or name not in os.environ}
+    parameters = array.shape.parameters()
+    extra = {"kill-on-invalid-dep": "yes", "requeue": True, **parameters.pop("additional_parameters")}
+    executor.update_parameters(
+        **parameters,
+        job_name=record["name"],
+        signal_delay_s=options.signal_delay_s,
+        setup=[*environment_lines(variables), *array.shape.setup],
+        # Since 22.05 srun does not take the job's --cpus-per-task.
+        srun_args=[f"--cpus-per-task={array.shape.cpus_per_task}", "--kill-on-bad-exit=1"],
+        array_parallelism=min(options.max_parallel or len(array.units), len(array.units)),
+        additional_parameters=extra,
+        **({} if dependency is None else {"dependency": dependency}),
+    )
+    return executor
+
+
+def _summary(arrays: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`3 × 1 node, 1 CPU, …` of each shape."""
+    counts: dict[str, int] = {}
+    for array in arrays:
+        counts[array["shape"]] = counts.get(array["shape"], 0) + len(array["units"])
+    return [f"{count} × {shape}" for shape, count in counts.items()]
