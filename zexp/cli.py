@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -11,11 +12,12 @@ zexp: which hybrid language model, and which annealing recipe? Studies as trees 
 
   zexp run  [overrides]         train, evaluate, report what the config says; what is in the store is not done again
   zexp plan [--json] [overrides]    the tree of stages, what is cached, tokens and disk; starts nothing
-  zexp status [--json] [STUDY]  studies in the store and how far they are
+  zexp status [--json] [--watch] [STUDY]   studies in the store and how far they are
   zexp report [--json] STUDY    tables and one HTML leaderboard, also of half a study
   zexp calc [--json] [overrides]    parameters, FLOPs per token and memory of an architecture, per block
   zexp calc budget gpus=64 days=14 device=h100 [overrides]    what it can be trained on in that time
-  zexp logs STAGE|STUDY/VARIANT     the log of a stage's last attempt
+  zexp logs [-f] STAGE|STUDY/VARIANT   the log of a stage's last attempt
+  zexp cancel STUDY|STAGE       stop its jobs and processes; running trainings write a state first
   zexp export RUN --hf DIR      a trained model as transformers loads it (--safetensors DIR: any model)
   zexp sample RUN "prompt"      text that a trained model writes
   zexp init DIR                 a small folder of your own: an architecture, a mix over local text, a study
@@ -29,7 +31,12 @@ Exit codes: 0 all done · 1 a stage failed or diverged · 2 the request was wron
 """
 
 HYDRA_VERBS = ("run", "plan", "calc")
-OTHER_VERBS = ("status", "report", "logs", "export", "sample", "init")
+# Verb -> the module that has a function of its name.
+MODULES = {
+    "status": "running", "logs": "running", "cancel": "running",
+    "report": "verbs", "export": "verbs", "sample": "verbs", "init": "verbs",
+}  # fmt: skip
+OTHER_VERBS = tuple(MODULES)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,9 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f" Did you mean `zexp {near[0]}`?" if near else ""
         print(f"zexp: {verb!r} is no verb.{hint} `zexp --help` lists them.", file=sys.stderr)
         return 2
-    from zexp import verbs
-
-    return _guarded(lambda: getattr(verbs, verb)(rest), trains=False)
+    module = importlib.import_module(f"zexp.{MODULES[verb]}")
+    return _guarded(lambda: getattr(module, verb)(rest), trains=False)
 
 
 def _verbs_completed(words: list[str]) -> list[str] | None:
@@ -75,7 +81,7 @@ def _verbs_completed(words: list[str]) -> list[str] | None:
     parts = line[:point].split(" ")
     if len(parts) <= 2:
         return [verb for verb in (*HYDRA_VERBS, *OTHER_VERBS) if verb.startswith(parts[-1] if len(parts) == 2 else "")]
-    if parts[1] in ("status", "report"):
+    if parts[1] in ("status", "report", "cancel"):
         from zexp import verbs
 
         return [name for name in verbs.studies() if name.startswith(parts[-1])]

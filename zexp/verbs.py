@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 from zexp.config.errors import ConfigError
-from zexp.store import files
 from zexp.store.folder import Store
 from zexp.study import names
 
@@ -35,51 +33,6 @@ def runs(begun: str) -> list[str]:
     return sorted({one for one in offered if one.startswith(begun)})
 
 
-def status(arguments: list[str]) -> int:
-    """Studies and how far they are."""
-    parser = _parser("status", "Studies in the store and how far they are.")
-    parser.add_argument("study", nargs="?", help="one study, stage by stage")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    options = parser.parse_args(arguments)
-    from rich.console import Console
-    from rich.table import Table
-
-    from zexp.report.status import folder_of, read_stages
-
-    store = Store(Path(options.store))
-    shown = [names.study(store, options.study)] if options.study else names.studies(store)
-    answer = {}
-    for name in shown:
-        planned = files.read_json(store.study(name) / "variants.json")["stages"]
-        answer[name] = [
-            {"id": s.id, "kind": s.kind, "label": s.label, "folder": s.folder, "status": s.status, "reason": s.reason}
-            | ({"status": "running"} if s.status != "done" and folder_of(store, s).holder() else {})
-            for s in read_stages(store, planned).values()
-        ]
-    if options.json:
-        print(json.dumps({"store": str(store.root), "studies": answer}))
-        return 0
-    console = Console(highlight=False)
-    if not shown:
-        console.print(f"No studies in {store.root}. To begin: zexp run +sweeps=quickstart")
-        return 0
-    table = Table(box=None, pad_edge=False)
-    if options.study:
-        for column in ("stage", "kind", "what", "status", ""):
-            table.add_column(column, overflow="fold")
-        for stage in answer[shown[0]]:
-            table.add_row(*(stage[key] for key in ("id", "kind", "label", "status", "reason")))
-    else:
-        for column in ("study", "stages", "done", "running", "failed", "diverged"):
-            table.add_column(column, justify="left" if column == "study" else "right", overflow="fold")
-        for name in shown:
-            found = [stage["status"] for stage in answer[name]]
-            counts = (str(found.count(word)) for word in ("done", "running", "failed", "diverged"))
-            table.add_row(name, str(len(found)), *counts)
-    console.print(table)
-    return 0
-
-
 def report(arguments: list[str]) -> int:
     """Tables and the leaderboard of a study, also of half a one."""
     parser = _parser("report", "Tables and one HTML leaderboard, also of half a study.")
@@ -99,21 +52,6 @@ def report(arguments: list[str]) -> int:
     console = Console(highlight=False)
     reports.print_tables(made, console)
     console.print(f"Leaderboard: {paths['html']}", soft_wrap=True)
-    return 0
-
-
-def logs(arguments: list[str]) -> int:
-    """The log of a stage's last attempt."""
-    parser = _parser("logs", "The log of a stage's last attempt.")
-    parser.add_argument("stage", help="a stage's id or the beginning of one, STUDY/VARIANT, or a folder of the store")
-    options = parser.parse_args(arguments)
-    store = Store(Path(options.store))
-    folder = names.stage(store, options.stage)
-    last = folder.last_attempt()
-    if last is None or not last.log.is_file():
-        raise ConfigError(f"{folder} has no log: it was never started.")
-    print(last.log, file=sys.stderr)
-    sys.stdout.write(last.log.read_text(encoding="utf-8", errors="replace"))
     return 0
 
 

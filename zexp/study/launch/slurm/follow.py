@@ -18,7 +18,7 @@ from zexp.store.attempt import AttemptRecord
 from zexp.store.folder import StageFolder, Store
 from zexp.study.launch import ended
 from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, Status
-from zexp.study.launch.slurm import cluster, submission
+from zexp.study.launch.slurm import cluster, lookup, submission
 from zexp.study.launch.slurm.cluster import Queued
 from zexp.study.launch.slurm.options import SlurmOptions
 from zexp.study.launch.slurm.submission import Submission
@@ -135,6 +135,8 @@ class Follow:
             self._silent_since = None
             self.on_event(Event(kind="slot", text="The scheduler answers again."))
         self._queued |= found
+        for sent in self.submissions:
+            lookup.note(sent, {id: found[id] for id in sent.jobs() if id in found})
         live = {id for one in self._watched.values() for _, _, id in one.jobs}
         if self._first_running is None and any(found[id].state == "RUNNING" for id in found.keys() & live):
             self._first_running = now

@@ -114,10 +114,10 @@ def _wrong(values: Mapping[str, Any], where: str) -> list[str]:
             text = f"{where}.{key} = {value!r}: give a whole number from {least} on."
             if key != "stages_per_job" or where != WHERE:  # which the options themselves check
                 found.append(text)
-    for key, least in (("mem_gb", "above 0"), ("pack_minutes", "from 0 on")):
+    for key, range in (("mem_gb", "above 0"), ("pack_minutes", "from 0 on")):
         value = values.get(key)
         if value is not None and (not is_number(value) or value < 0 or (key == "mem_gb" and value == 0)):
-            found.append(f"{where}.{key} = {value!r}: give a number {least}.")
+            found.append(f"{where}.{key} = {value!r}: give a number {range}.")
     for key in ("partition", "account", "qos", "constraint"):
         value = values.get(key)
         if value is not None and (not isinstance(value, str) or not value):

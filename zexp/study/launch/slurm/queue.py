@@ -94,8 +94,8 @@ def units_of(
     for level in [*_levels(data), *_levels([stage for stage in rest if CLASSES[stage.kind] != "data"])]:
         bundles: dict[object, list[Stage]] = {}
         for stage in level:
-            key = ("eval", stage.parents[0] if stage.parents else "") if stage.kind == "eval" else ("stage", stage.id)
-            bundles.setdefault((key, shapes[stage.id]), []).append(stage)
+            together = ("eval", stage.parents[0] if stage.parents else "") if stage.kind == "eval" else ("stage", stage.id)
+            bundles.setdefault((together, shapes[stage.id]), []).append(stage)
         packs: dict[object, list[list[Stage]]] = {}
         for bundle in bundles.values():
             key = (CLASSES[bundle[0].kind], shapes[bundle[0].id], making.parents(bundle))
