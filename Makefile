@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: quickstart setup setup-dev test studies lint
+.PHONY: quickstart setup setup-dev test test-slurm studies lint
 quickstart: setup
 	$(BIN)/zexp run +sweeps=quickstart
 
@@ -27,6 +27,10 @@ setup-dev: .venv/.setup-dev
 
 test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# A real SLURM cluster on this machine, brought up by the tests: as root, with the packages that tests/slurm/cluster.py names.
+test-slurm: setup-dev
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 studies: setup-dev
 	$(BIN)/python -m pytest -m studies tests/studies
