@@ -9,6 +9,7 @@ It needs root and Debian's packages; `require()` names what is missing. One clus
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -202,10 +203,8 @@ class Cluster:
             if not pids:
                 return
             for pid in pids:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             time.sleep(0.1)
 
     def node_is_ready(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.poll_seconds=1", "hydra.launcher.signal_delay_s=20"]
-SLOW = ["+hydra.launcher.handlers={segment:'tests.slurm.slow:run'}", "hydra.launcher.preload=[torch,zexp.train.loop]"]
+SLOW = ["+hydra.launcher.handlers={segment:'tests.slurm.slow:run'}"]
 STUDY = """\
 # @package _global_
 defaults:

@@ -3,6 +3,7 @@ same command again completes it, and the weights are those of an undisturbed run
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -133,7 +134,7 @@ def test_everything_goes_wrong_and_nothing_is_lost(cluster: Cluster, tmp_path: P
 
     for arm, stage in stages.items():
         attempts = folder.steps(stage)
-        for before, after in zip(attempts, attempts[1:], strict=False):
+        for before, after in itertools.pairwise(attempts):
             # States are 3 s apart, 15 steps at this pace; writing one takes a moment.
             assert 0 <= before[-1]["step"] - (after[0]["step"] - 1) <= 30, f"{arm} was trained twice"
     assert len(folder.steps(stages["limited"])) >= 3, "three minutes do not fit into one allocation of one"

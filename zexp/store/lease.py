@@ -106,8 +106,21 @@ def acquire(
         time.sleep(times.poll)
 
 
+def take(folder: Path, times: LeaseTimes, *, gone: Callable[[Path], bool] = lambda path: False) -> Lease | None:
+    """The folder's lease if nobody holds it now; None at once if somebody does, or was quicker.
+
+    gone(lease file): whether a holder that is not known to be dead has gone all the same.
+    """
+    n = highest(folder)
+    if n:
+        holder = _holder(folder, n)
+        if not holder.free and not gone(folder / f"lease.{n}"):
+            return None
+    return _create(folder, n + 1, times)
+
+
 class Lease:
-    """Lease n of a folder, taken by acquire(). Beats from start() to release(), in one process."""
+    """Lease n of a folder, taken by acquire() or take(). Beats from start() to release(), in one process."""
 
     def __init__(self, folder: Path, n: int, times: LeaseTimes):
         self.folder = folder
@@ -136,6 +149,10 @@ class Lease:
         # daemon: a process that ends without release() must end; its lease then is a killed one's.
         self._thread = threading.Thread(target=self._beat, args=(self._stop,), name="lease", daemon=True)
         self._thread.start()
+
+    def beat(self) -> None:
+        """One beat, by a process that forks and so starts no thread: to be called every few seconds."""
+        self._write(released=False)
 
     def check(self, *, fresh: bool = False) -> None:
         """Raises LeaseLost if this lease holds no more. Looks once a second at most, unless fresh."""

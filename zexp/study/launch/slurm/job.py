@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from zexp.config.errors import ConfigError
-from zexp.store import files
+from zexp.store import files, lease
 from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
 from zexp.study import gate
@@ -35,6 +35,7 @@ from zexp.study.stages import NEED_TORCH, Result, divergence, is_done, stage_fol
 
 LOOK_SECONDS = 0.05  # how often a running stage's process is looked at
 REQUEUE_SECONDS = 300.0  # for how long a controller that is away is asked again
+SILENT_SECONDS = 60.0  # twelve missed beats of a lease
 WAIT_SECONDS = 60.0  # how long another holder of a stage is waited for before the allocation is given back
 
 
@@ -77,6 +78,8 @@ class _Job:
     _unit: dict[str, Any] = field(default_factory=dict)
     _said: dict[str, dict[str, Any]] = field(default_factory=dict)
     _warm: bool = False
+    _slot: lease.Lease | None = None
+    _beaten: float = 0.0
 
     def run(self) -> int:
         self._unit = files.read_json(self.path)
@@ -85,6 +88,14 @@ class _Job:
             signal.signal(number, self._hear)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         given_up = self._count_start()
+        try:
+            return self._run_stages(given_up)
+        finally:
+            if self._slot is not None:
+                self._slot.release()
+
+    def _run_stages(self, given_up: str | None) -> int:
+        """The exit code."""
         code = 0
         for stage in self._unit["stages"]:
             request = stage["request"]
@@ -101,6 +112,8 @@ class _Job:
             if given_up is not None:
                 self._fail(request, given_up)
                 return 1
+            if not self._has_slot():
+                return self._requeue_or_stop()
             result = self._stage(request)
             if result == "interrupted":
                 return self._requeue_or_stop()
@@ -172,6 +185,23 @@ class _Job:
                 return "failed", problems[0]
         return None
 
+    def _has_slot(self) -> bool:
+        """One of the study's slots is ours; else `told` says that there is none, and the allocation is given back.
+
+        An array's own limit holds for the array alone; this one for all jobs of the study.
+        """
+        most = self._unit["max_parallel"]
+        if most is None or self._slot is not None:
+            return True
+        folder = self.path.parents[3] / "slots"
+        folder.mkdir(exist_ok=True)
+        for number in range(most):
+            self._slot = lease.take(folder / str(number), self.store.lease_times, gone=_is_silent)
+            if self._slot is not None:
+                return True
+        self.busy, self.told = True, f"all {most} slots of the study are taken (hydra.launcher.max_parallel)"
+        return False
+
     # A stage
 
     def _stage(self, request: dict[str, Any]) -> Result:
@@ -226,6 +256,9 @@ class _Job:
             if gone:
                 break
             now = time.monotonic()
+            if self._slot is not None and now - self._beaten >= self.store.lease_times.heartbeat:
+                self._slot.beat()
+                self._beaten = now
             if end.waits_since is not None and now - end.waits_since > WAIT_SECONDS and self.told is None:
                 self.busy, self.told = True, "another process has the stage in hand"
                 os.kill(pid, signal.SIGTERM)
@@ -337,6 +370,18 @@ def _read(report: int, unread: bytes, end: _Ended) -> bytes:
         *lines, unread = (unread + got).split(b"\n")
         for line in lines:
             end.hear(json.loads(line))
+
+
+def _is_silent(path: Path) -> bool:
+    """True if a lease's file was not written for a minute, by the clock of the file system that holds it."""
+    probe = path.parent / f".now-{os.getpid()}"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime > SILENT_SECONDS
+    except FileNotFoundError:
+        return False
+    finally:
+        probe.unlink()
 
 
 def _can_appear(folder: StageFolder) -> bool:

@@ -177,6 +177,7 @@ def _write_units(
                 "retries": options.retries,
                 "max_failures": options.max_failures,
                 "max_fruitless": options.max_fruitless,
+                "max_parallel": options.max_parallel,
                 "grace_seconds": options.grace_seconds,
                 "preload": list(options.preload),
                 "handlers": options.handlers,
