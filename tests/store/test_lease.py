@@ -409,18 +409,18 @@ def test_a_forked_child_that_unwinds_through_its_parents_attempt_releases_nothin
 
 
 def test_a_lease_is_taken_at_once_or_not_at_all(tmp_path):
-    times = lease.LeaseTimes()
-    first = lease.take(tmp_path / "slot", times)
+    times = leases.LeaseTimes()
+    first = leases.take(tmp_path / "slot", times)
     assert first is not None and first.n == 1
     # This process is alive, so nobody else gets it, however often it is asked.
-    assert lease.take(tmp_path / "slot", times) is None
+    assert leases.take(tmp_path / "slot", times) is None
     first.beat()
-    assert lease.take(tmp_path / "slot", times, gone=lambda path: path.name == "lease.1").n == 2
+    assert leases.take(tmp_path / "slot", times, gone=lambda path: path.name == "lease.1").n == 2
     with pytest.raises(LeaseLost):
         first.check(fresh=True)
 
 
 def test_a_released_lease_is_taken_at_once(tmp_path):
-    first = lease.take(tmp_path / "slot", lease.LeaseTimes())
+    first = leases.take(tmp_path / "slot", leases.LeaseTimes())
     first.release()
-    assert lease.take(tmp_path / "slot", lease.LeaseTimes()).n == 2
+    assert leases.take(tmp_path / "slot", leases.LeaseTimes()).n == 2

@@ -50,7 +50,7 @@ def test_a_chain_follows_where_its_parents_are_although_they_were_ordered_by_len
 
 def test_several_children_of_each_of_several_states_are_as_few_arrays_as_can_be():
     stages = [stage(f"p{n}") for n in range(4)] + [stage(f"c{n}{m}", f"p{n}") for n in range(4) for m in range(2)]
-    units, arrays = queued(stages)
+    _units, arrays = queued(stages)
     assert [len(array.units) for array in arrays] == [4, 4, 4]
     assert {array.corresponds for array in arrays[1:]} == {0}
 
@@ -71,7 +71,7 @@ def test_nothing_is_trained_before_all_data_is_there_and_a_failure_of_other_data
         stage("t", kind="tokenizer"), stage("c1", "t", kind="corpus"), stage("c2", "t", kind="corpus"),
         stage("s", "c1"), stage("q", "s"),
     ]  # fmt: skip
-    units, arrays = queued(stages)
+    units, _arrays = queued(stages)
     place = {units[number].stages[0].id: number for number in range(len(units))}
     training = units[place["s"]]
     assert training.parents == {place["c1"], place["c2"]}, "the tokenizer is above both"
@@ -104,7 +104,7 @@ def test_successors_of_a_job_of_several_stages_only_wait_for_its_end():
 
 def test_arrays_are_split_at_the_clusters_limit_and_chains_with_them():
     stages = [stage(f"a{n}") for n in range(7)] + [stage(f"b{n}", f"a{n}") for n in range(7)]
-    units, arrays = queued(stages, most=3)
+    _units, arrays = queued(stages, most=3)
     assert [len(array.units) for array in arrays] == [3, 3, 1, 3, 3, 1]
     assert [array.corresponds for array in arrays] == [None, None, None, 0, 1, None]
     assert len(arrays[5].waits) == 1
