@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -23,5 +24,7 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     scratch = attempt.scratch("state")
     (scratch / "optimizer").mkdir()
     (scratch / "optimizer" / "made").write_text(label)
+    facts = {"tokens": request["to"], "step": 1, "fingerprints": [], "fingerprint_details": {}}
+    (scratch / "state.json").write_text(json.dumps(facts))
     attempt.publish(scratch, f"states/{request['to']}")
     return "done"

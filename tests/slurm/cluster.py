@@ -19,6 +19,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ class Cluster:
     max_array_size: int = 1001
     ports: dict[str, int] = field(default_factory=dict)
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _starter: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
 
     @property
     def conf(self) -> Path:
@@ -268,10 +270,11 @@ class Cluster:
             **self.environment,
         }  # fmt: skip
         with open(self.folder / f"{name}.out", "ab") as output:
-            self.daemons[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+            # A daemon dies with the *thread* that started it: one that lives as long as this process.
+            self.daemons[name] = self._starter.submit(
+                subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
                 start_new_session=True, preexec_fn=_die_with_parent, cwd=self.folder,
-            )  # fmt: skip
+            ).result()  # fmt: skip
 
     def _end(self, name: str, number: signal.Signals) -> None:
         process = self.daemons.pop(name, None)

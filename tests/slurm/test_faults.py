@@ -109,7 +109,8 @@ def test_everything_goes_wrong_and_nothing_is_lost(cluster: Cluster, tmp_path: P
     folder = Folder(tmp_path, step_seconds=STEP_SECONDS)
     folder.study("faults", ARMS, SHORT)
     words = ["+sweeps=faults", *SLURM, *SLOW, "hydra.launcher.max_parallel=2"]
-    words += ["hydra.launcher.train.timeout_min=1"]
+    # SLURM looks at time limits every 30 s, and warns up to so much earlier.
+    words += ["hydra.launcher.train.timeout_min=1", "hydra.launcher.signal_delay_s=5"]
     stages = folder.anneals("+sweeps=faults")
     folder.store.mkdir(exist_ok=True)
     (folder.store / "raise").touch()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,11 +216,11 @@ def failures(stages: Sequence[Named], outcomes: Mapping[str, Outcome], console: 
     for reason, names in reasons.items():
         which = names[0] if len(names) == 1 else f"{len(names)} of {len(outcomes)} stages are not done"
         console.print(f"[yellow]interrupted[/]: {escape(which)}" + (f": {escape(reason)}" if reason else ""), soft_wrap=True)
-    if of["skipped"]:
-        many = len(of["skipped"]) > 1
-        console.print(
-            f"skipped {len(of['skipped'])} {'stages that need' if many else 'stage that needs'} one of those above"
-        )
+    stopped = Counter(outcome.error for _, outcome in of["skipped"] if "hydra.launcher" in (outcome.error or ""))
+    for why, count in stopped.items():
+        console.print(f"skipped {count} stage{'s' * (count != 1)}: {escape(why or '')}", soft_wrap=True)
+    if rest := len(of["skipped"]) - sum(stopped.values()):
+        console.print(f"skipped {rest} {'stages that need' if rest > 1 else 'stage that needs'} one of those above")
 
 
 def say_seconds(seconds: float) -> str:

@@ -43,6 +43,14 @@ def test_gpus_are_counted(gres, gpus):
 
 
 @pytest.mark.parametrize(
+    ("id", "elements"),
+    [("12", ["12"]), ("12_3", ["12_3"]), ("12_[0-2,5%4]", ["12_0", "12_1", "12_2", "12_5"]), ("12_[7]", ["12_7"])],
+)
+def test_elements_that_never_started_are_told_apart(id, elements):
+    assert cluster.elements_of(id) == elements
+
+
+@pytest.mark.parametrize(
     ("asked", "words"),
     [
         ({"partition": "gpuu"}, "no partition gpuu. There are: brief, main"),

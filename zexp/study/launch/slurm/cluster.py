@@ -118,7 +118,19 @@ def ended(ids: Sequence[str]) -> dict[str, Queued] | None:
     for line in done.stdout.splitlines():
         id, state, node = line.strip().split("|", 2)
         word, _, rest = state.partition(" ")  # CANCELLED by 1000
-        found[id] = Queued(word, rest, node)
+        found |= dict.fromkeys(elements_of(id), Queued(word, rest, "" if node == "None assigned" else node))
+    return found
+
+
+def elements_of(id: str) -> list[str]:
+    """The jobs in an id as sacct writes elements that never started: `12_[0-2,5%4]` is 12_0, 12_1, 12_2, 12_5."""
+    array, bracket, rest = id.partition("_[")
+    if not bracket:
+        return [id]
+    found = []
+    for part in rest.rstrip("]").partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        found += [f"{array}_{number}" for number in range(int(first), int(last or first) + 1)]
     return found
 
 

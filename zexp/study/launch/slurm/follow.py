@@ -225,6 +225,8 @@ class Follow:
     def _explain(self, one: _Watched, sent: Submission, unit: int, id: str, found: Queued) -> tuple[Status, str]:
         if found.state == "CANCELLED" and "Dependency" in found.reason:
             return "skipped", "a stage that it needs did not end well"
+        if found.state == "CANCELLED" and sent.stopped is not None:
+            return "skipped", sent.stopped
         if found.state in WHY:
             status, text = WHY[found.state]
             return status, text.format(id=id, node=found.node or "an unknown node")

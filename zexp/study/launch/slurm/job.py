@@ -30,7 +30,7 @@ from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
 from zexp.study import gate
 from zexp.study.launch import ended
-from zexp.study.launch.slurm import cluster
+from zexp.study.launch.slurm import cluster, submission
 from zexp.study.stages import NEED_TORCH, Result, divergence, is_done, stage_folder
 
 LOOK_SECONDS = 0.05  # how often a running stage's process is looked at
@@ -168,7 +168,7 @@ class _Job:
 
     def _refusal(self, stage: Mapping[str, Any]) -> tuple[Result, str] | tuple[str, str] | None:
         """Why a stage is not started: its parents are not there, its study was stopped, its sources run out."""
-        stopped = self.path.parent.parent / "stopped.json"
+        stopped = self.path.parent.parent / submission.STOPPED
         if stopped.is_file():
             return "skipped", files.read_json(stopped)["reason"]
         for parent in stage["parents"]:
@@ -312,11 +312,9 @@ class _Job:
         if len(failed) < most:
             return
         reason = f"the study was stopped after {len(failed)} failed stages (hydra.launcher.max_failures = {most})"
-        files.write_json(folder / "stopped.json", {"reason": reason, "failed": failed})
-        jobs = [array["job"] for array in files.read_json(folder / "submission.json")["arrays"] if array["job"]]
-        own = _id()
-        others = [job for job in jobs if job != own and not own.startswith(f"{job}_")]
-        print(f"{reason}; cancelling {', '.join(others)}", flush=True)
+        files.write_json(folder / submission.STOPPED, {"reason": reason, "failed": failed})
+        others = [id for id in submission.Submission("", folder).jobs() if id != _id()]
+        print(f"{reason}; its other jobs are cancelled", flush=True)
         if others:
             cluster.cancel(others)
 

@@ -3,6 +3,7 @@
     store/studies/<name>/submissions/<n>/submission.json    the arrays with their job ids
                                         units/<k>.json      what the job of a unit runs
                                         units/<k>.seen.json how far it was at its last starts (written by the job)
+                                        stopped.json        why nothing more of it is started (written by a job)
                                         slurm/              submitit's scripts, and the jobs' own output
 
 Nothing here says that a stage is done: the store does.
@@ -22,6 +23,7 @@ from zexp.store import files
 from zexp.store.folder import Store
 
 RECORD = "submission.json"
+STOPPED = "stopped.json"  # why nothing more of it is started (written by a job)
 OVER = "over"  # an empty file: no job of the submission is left, nobody has to ask the scheduler about it
 
 
@@ -54,6 +56,12 @@ class Submission:
             if array["job"] is not None
             for place, unit in enumerate(array["units"])
         }
+
+    @property
+    def stopped(self) -> str | None:
+        """Why nothing more of it is started, if so."""
+        path = self.folder / STOPPED
+        return str(files.read_json(path)["reason"]) if path.is_file() else None
 
     @property
     def over(self) -> bool:
