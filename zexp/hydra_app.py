@@ -29,6 +29,8 @@ from zexp.config.errors import ConfigError
 from zexp.config.places import conf_dir, user_conf_dir
 from zexp.config.schema import Run
 from zexp.study import execute, show, show_calc
+from zexp.study.dispatch import options_of
+from zexp.study.outlook import outlook
 from zexp.study.resolve import Composed
 from zexp.study.variants import GROUPS
 
@@ -139,7 +141,8 @@ def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
     request = execute.Request(dict(launcher), Path.cwd())
     if _Verb.name == "plan":
         plan, study, store, _ = execute.planned(variants, request)
-        show.plan(plan, study, store, as_json=_Verb.json)
+        ahead = outlook(plan, store, options_of(request.launcher), study["name"])
+        show.plan(plan, study, store, ahead, as_json=_Verb.json)
         return execute.completed(variants)
     from zexp.finish import finish
 
