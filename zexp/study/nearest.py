@@ -70,11 +70,19 @@ class Finder:
         return self.catalogue.store
 
     def near(
-        self, kind: str, semantic: dict[str, Any], without: frozenset[str], also: str | None = None, most: int = MOST_KEYS
+        self,
+        kind: str,
+        semantic: dict[str, Any],
+        without: frozenset[str],
+        *,
+        also: str | None = None,
+        most: int = MOST_KEYS,
+        anchored: bool = True,
     ) -> tuple[str, list[Difference]] | None:
         """(the id of the finished stage that differs in fewest keys, the differences).
 
-        without: folder names that are no answer; also: one that is, however many keys differ.
+        without: folder names that are no answer; also: one that is, however many keys differ; most: in how many keys others
+        may; anchored: parents must be the same.
         """
         known = self.catalogue.of(kind)
         if kind not in self._blocks:
@@ -83,7 +91,7 @@ class Finder:
         if kind not in self._without or self._without[kind][0] != without:
             self._without[kind] = (without, blocks.set_of(without))
         left_out = self._without[kind][1]
-        anchors = ANCHORS.get(kind, ())
+        anchors = ANCHORS.get(kind, ()) if anchored else ()
         candidates = blocks.near(semantic, most, anchors=anchors, without=left_out)
         for name in itertools.chain(candidates, [also] if also in known and also not in without else []):
             if (found := self.finished(kind, name)) is not None:
@@ -113,7 +121,7 @@ def nearest(plan: Plan, finder: Finder, study: str) -> list[Nearest]:
     groups: dict[tuple[str, ...], Nearest] = {}
     for stage in asked:
         kind = kind_of(stage)
-        found = finder.near(kind, stage.semantic, own, recorded.get(stage.id))
+        found = finder.near(kind, stage.semantic, own, also=recorded.get(stage.id))
         if found is None:
             continue
         key = (kind, *(one.leaf for one in found[1]))

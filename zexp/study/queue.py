@@ -17,7 +17,8 @@ from zexp.study.plan import Plan
 class Queue:
     """slots: stages at once, None = no bound is known; threads: CPU threads of one; device: cpu or cuda; model: the vendor's
     name of the device, or its key in zexp.calc.devices; memory: bytes of one device (of a CPU: all RAM), available: what of
-    it is free for all stages together. None = not known, and then nothing is concluded from it.
+    it is free for all stages together. None = not known, and then nothing is concluded from it. stated: execution.device_model
+    says it, this machine may be another.
     """
 
     backend: str
@@ -25,6 +26,7 @@ class Queue:
     threads: int
     device: str
     model: str | None
+    stated: bool = False
     memory: int | None
     available: int | None
 
@@ -39,7 +41,8 @@ class Queue:
         if self.backend != "local":
             return [f"Queue: {self.backend}, {'at most ' + str(self.slots) if self.slots else 'any number of'} stages at once, {what}."]
         each = "one GPU each" if self.device == "cuda" else f"{self.threads} thread{'s' * (self.threads != 1)} each"
-        return [f"Queue: {self.slots} slot{'s' * (self.slots != 1)} of this machine, {each}; {what}."]
+        where = "" if self.stated else " of this machine"
+        return [f"Queue: {self.slots} slot{'s' * (self.slots != 1)}{where}, {each}; {what}."]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +60,14 @@ def queue_of(options: LauncherOptions, plan: Plan) -> Queue:
         found = _of_table(named) if named is not None else (None, None)
         most = getattr(options, "max_parallel", None)  # an option of launchers that have a queue of their own
         return Queue(
-            backend=options.backend, slots=most, threads=threads, device=on, model=found[0], memory=found[1], available=found[1]
+            backend=options.backend,
+            slots=most,
+            threads=threads,
+            device=on,
+            model=found[0],
+            stated=named is not None,
+            memory=found[1],
+            available=found[1],
         )
     slots = machine.slots(device, threads)
     on = "cuda" if named is not None or any(slots) or device == "cuda" else "cpu"
@@ -65,7 +75,14 @@ def queue_of(options: LauncherOptions, plan: Plan) -> Queue:
     here = len(slots) if named is None or any(slots) else 1  # planned here for another machine
     count = here if options.slots is None else min(here, options.slots) if named is None else options.slots
     return Queue(
-        backend="local", slots=max(count, 1), threads=threads, device=on, model=model, memory=memory, available=available
+        backend="local",
+        slots=max(count, 1),
+        threads=threads,
+        device=on,
+        model=model,
+        stated=named is not None,
+        memory=memory,
+        available=available,
     )
 
 

@@ -62,12 +62,12 @@ def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, outlook: Outloo
     for line in dict.fromkeys(f"{v.arch} matched: {v.match.line()}" for v in the_plan.variants if v.match is not None):
         console.print(line)
     for line in nearest.lines(outlook.nearest):
-        console.print(line)
+        console.print(line, markup=False)  # names and keys may have brackets
     console.print(_summary(the_plan))
     for line in outlook.lines():
-        console.print(line)
+        console.print(line, markup=False)
     for text in outlook.warnings():
-        console.print(f"[yellow]Warning:[/yellow] {text}")
+        console.print(f"Warning: {text}", style="yellow", markup=False)
     console.print("Nothing was started.")
 
 
