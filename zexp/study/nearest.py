@@ -14,7 +14,7 @@ from typing import Any
 from zexp.store import files
 from zexp.store.folder import Store
 from zexp.study.catalogue import Catalogue
-from zexp.study.differ import Blocks, Difference, differences, say
+from zexp.study.differ import Blocks, Difference, between, leaves, say
 from zexp.study.plan import Plan, Stage
 
 MOST_KEYS = 3  # a stage that differs in more is another stage, not an expected one
@@ -88,14 +88,15 @@ class Finder:
         if kind not in self._blocks:
             self._blocks[kind] = Blocks.of({name: one.semantic for name, one in known.items()})
         blocks = self._blocks[kind]
-        if kind not in self._without or self._without[kind][0] != without:
+        if kind not in self._without or self._without[kind][0] is not without:
             self._without[kind] = (without, blocks.set_of(without))
         left_out = self._without[kind][1]
         anchors = ANCHORS.get(kind, ()) if anchored else ()
-        candidates = blocks.near(semantic, most, anchors=anchors, without=left_out)
+        mine = leaves(semantic)
+        candidates = blocks.near(mine, most, anchors=anchors, without=left_out)
         for name in itertools.chain(candidates, [also] if also in known and also not in without else []):
             if (found := self.finished(kind, name)) is not None:
-                return found, differences(semantic, known[name].semantic)
+                return found, between(mine, blocks.leaves[name])
         return None
 
     def finished(self, kind: str, name: str) -> str | None:

@@ -119,14 +119,17 @@ def gpu_models(environ: Mapping[str, str] = os.environ) -> list[Gpu]:
 
 
 def parse_gpu_models(listing: str, visible: list[str]) -> list[Gpu]:
-    """The GPUs of `nvidia-smi --query-gpu=uuid,index,name,memory.total` (MiB) that are visible, in that order."""
+    """The GPUs of `nvidia-smi --query-gpu=uuid,index,name,memory.total` (MiB) that are visible, in that order.
+
+    Empty if one of them is not in the listing.
+    """
     found: dict[str, Gpu] = {}
     for line in listing.splitlines():
         fields = [field.strip() for field in line.split(",")]
         if len(fields) == 4 and fields[3].isdigit():  # "[N/A]" where memory is shared with the host
             uuid, index, name, memory = fields
             found[uuid] = found[index] = Gpu(name, int(memory) * 2**20)
-    return [found[one] for one in visible if one in found]
+    return [found[one] for one in visible] if set(visible) <= set(found) else []
 
 
 @dataclass(frozen=True)
