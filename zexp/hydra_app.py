@@ -57,8 +57,10 @@ def hydra_verb(verb: str, arguments: list[str]) -> int:
         if verb == "run":
             raise ConfigError("--json is for plan, calc, status and report. `zexp run` prints its progress.")
         _Verb.json = True
-    if verb == "plan":
-        _Verb.why, words = why.asked(words)
+    question, words = why.asked(words)
+    if question is not None and verb != "plan":
+        raise ConfigError(f"--why is for plan: zexp plan --why {question.a}")
+    _Verb.why = question
     if verb == "calc" and words[:1] == ["budget"]:
         _Verb.budget, words = _budget(words[1:])
     mine = user_conf_dir(Path.cwd())

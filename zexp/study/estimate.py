@@ -15,10 +15,10 @@ from zexp.study.plan import Plan, Stage
 from zexp.study.queue import Queue
 from zexp.study.resolve import Variant, layout_of
 
-# Share of a GPU's peak that training reaches. Published: 33 to 39 % for Llama-3-8B under torchtitan on H100s in bf16.
+# Share of a GPU's peak that training reaches: published are 33 to 39 % for Llama-3-8B under torchtitan on 8 H100s in bf16.
 MFU = 0.35
-# FLOP/s of training on one CPU core (of a server, AVX-512, fp32). All families of ten million parameters reached 40 to 68
-# GFLOP/s alone on the machine, models of 1.3 million 23 to 33 alone and 13 to 25 with every core busy: no factor is above 2.3.
+# FLOP/s of training in fp32 on one core of a server with AVX-512: between models of ten million parameters one at a time (30
+# to 68 GFLOP/s) and models of 1.3 million on all cores at once (13 to 23); nothing measured is off by more than a factor of 2.3.
 CORE_FLOPS = 3e10
 # To load a state before a segment and to write one after it, models of 1 M to 10 M parameters.
 SEGMENT_SECONDS = 1.0
