@@ -39,6 +39,38 @@ def test_the_quickstart_is_three_pretrainings_shared_by_six_anneals(tmp_path):
     assert not any(stage["cached"] for stage in stages.values())
 
 
+def test_plan_says_how_long_it_takes_and_a_stage_what_for(tmp_path):
+    plan = json.loads(zexp("plan", "--json", "arch=zamba2_tiny", "execution.device=cpu", cwd=tmp_path).stdout)
+    assert plan["seconds"] > 0 and plan["device_hours"] > 0 and plan["estimate"]["measured"] == 0
+    assert sum(s["seconds"] for s in plan["stages"]) == pytest.approx(plan["device_hours"] * 3600, abs=0.1)
+    assert {s["source"] for s in plan["stages"]} == {"calculated"}
+    assert [(m["arch"], m["fits"]) for m in plan["memory"]] == [("zamba2_tiny", True)]
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_what_cannot_fit_the_device_is_refused_before_anything_starts(tmp_path, verb):
+    words = ["arch=zamba2_7b,zamba_7b", "anneal=none", "execution.device_model=a10"]
+    done = zexp(verb, "-m", *words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("cannot be trained here: weights, gradients and optimizer alone take") == 2
+    assert "a10 has 24 GB" in done.stderr
+    assert [path.name for path in tmp_path.glob("store/*")] == ["cache"], "file digests alone"
+
+
+def test_why_lists_the_keys_in_which_two_variants_differ(tmp_path):
+    words = ["--why", "transformer_tiny,control", "transformer_tiny,replay60,seed=0", "+sweeps=quickstart"]
+    done = zexp("plan", "--json", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["shared_tokens"] == 577_536 and not answer["equal"]
+    assert {"stages": ["anneal"], "key": "streams[0].weight", "a": 4096, "b": 2458} in answer["differences"]
+    shown = zexp("plan", *words, cwd=tmp_path).stdout
+    assert "They are the same up to 577,536 tokens." in shown and "streams[0].weight" in shown
+    wrong = zexp("plan", "--why", "nobody", "+sweeps=quickstart", cwd=tmp_path)
+    assert wrong.returncode == 2 and "'nobody' names no variant of the composed study" in wrong.stderr
+    assert zexp("run", "--why", "a", cwd=tmp_path).returncode == 2
+
+
 def test_hydras_flags_work_and_leave_no_folders(tmp_path):
     shown = zexp("run", "--cfg", "job", "arch=mamba2_tiny", "anneal.tokens=10M", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
@@ -117,6 +149,8 @@ def test_a_folder_of_ones_own_runs_as_it_is_and_then_trains_nothing(tmp_path):
     assert again.returncode == 0
     assert "Nothing to train" in again.stdout
     assert len(list(folder.glob("store/trajectory/*/attempts/*"))) == 4
+    later = json.loads(zexp("plan", "--json", "+sweeps=mine", "seed=7", cwd=folder).stdout)
+    assert {(s["kind"], s["source"]) for s in later["stages"] if s["needed"]} == {("segment", "measured"), ("eval", "measured")}
     status = json.loads(zexp("status", "--json", cwd=folder).stdout)
     assert {stage["status"] for stage in status["studies"]["mine"]} == {"done"}
     assert zexp("init", "mine", cwd=tmp_path).returncode == 2, "init overwrites nothing"
@@ -138,6 +172,9 @@ def test_a_changed_study_becomes_the_current_revision(tmp_path):
     done = zexp("run", "+sweeps=mine", *small, "anneal.peak_fraction=0.5", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mine is now at revision 2: 2 altered" in done.stdout
+    assert "not in the store; nearest" in done.stdout and "differs in lr[" in done.stdout
+    planned = json.loads(zexp("plan", "--json", "+sweeps=mine", *small, "seed=1", cwd=folder).stdout)
+    assert {s["source"] for s in planned["stages"] if s["kind"] == "segment" and s["needed"]} == {"measured"}
     assert (folder / "store/studies/mine/revisions/1/variants.json").is_file()
 
 

@@ -11,7 +11,8 @@ USAGE = """\
 zexp: which hybrid language model, and which annealing recipe? Studies as trees of training trajectories.
 
   zexp run  [overrides]         train, evaluate, report what the config says; what is in the store is not done again
-  zexp plan [--json] [overrides]    the tree of stages, what is cached, tokens and disk; starts nothing
+  zexp plan [--json] [overrides]    the tree of stages, what is cached, tokens, hours, memory and disk; starts nothing
+  zexp plan --why A [B] [overrides]    in which keys two stages differ; one: from what is nearest to it in the store
   zexp status [--json] [--watch] [STUDY]   studies in the store and how far they are
   zexp report [--json] STUDY    tables and one HTML leaderboard, also of half a study
   zexp calc [--json] [overrides]    parameters, FLOPs per token and memory of an architecture, per block

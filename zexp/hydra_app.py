@@ -28,7 +28,9 @@ from zexp.calc.budget import Budget
 from zexp.config.errors import ConfigError
 from zexp.config.places import conf_dir, user_conf_dir
 from zexp.config.schema import Run
-from zexp.study import execute, show, show_calc
+from zexp.study import execute, show, show_calc, why
+from zexp.study.launch import options_of
+from zexp.study.outlook import outlook
 from zexp.study.resolve import Composed
 from zexp.study.variants import GROUPS
 
@@ -38,6 +40,7 @@ class _Verb:
 
     name = "run"
     json = False
+    why: why.Asked | None = None
     budget: Budget | None = None
     exit_code = 0
     started = 0.0
@@ -47,13 +50,17 @@ class _Verb:
 def hydra_verb(verb: str, arguments: list[str]) -> int:
     """Compose and act. `--json` stands before the first override. Raises ConfigError for every wrong request."""
     _Verb.name, _Verb.json, _Verb.exit_code, _Verb.started = verb, False, 0, time.monotonic()
-    _Verb.refused = _Verb.budget = None
+    _Verb.refused = _Verb.budget = _Verb.why = None
     words = list(arguments)
     if "--json" in words:
         words.remove("--json")
         if verb == "run":
             raise ConfigError("--json is for plan, calc, status and report. `zexp run` prints its progress.")
         _Verb.json = True
+    question, words = why.asked(words)
+    if question is not None and verb != "plan":
+        raise ConfigError(f"--why is for plan: zexp plan --why {question.a}")
+    _Verb.why = question
     if verb == "calc" and words[:1] == ["budget"]:
         _Verb.budget, words = _budget(words[1:])
     mine = user_conf_dir(Path.cwd())
@@ -141,7 +148,11 @@ def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
     request = execute.Request({str(key): value for key, value in options.items()}, Path.cwd())
     if _Verb.name == "plan":
         plan, study, store, _ = execute.planned(variants, request)
-        show.plan(plan, study, store, as_json=_Verb.json)
+        if _Verb.why is not None:
+            why.show(why.why(_Verb.why, plan, store), as_json=_Verb.json)
+            return execute.completed(variants)
+        ahead = outlook(plan, store, options_of(request.launcher), study["name"])
+        show.plan(plan, study, store, ahead, as_json=_Verb.json)
         return execute.completed(variants)
     from zexp.finish import finish
 

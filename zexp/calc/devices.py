@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,3 +40,29 @@ DEVICES = {
     "mi300x": _device("AMD Instinct MI300X data sheet", 192, 5300, fp8=2614.9, bf16=1307.4, tf32=653.7, fp32=163.4),
     "rtx4090": _device("NVIDIA Ada architecture white paper, fp32 accumulation", 24, 1008, bf16=165.2, tf32=82.6, fp32=82.6),
 }
+
+# What vendors' tools call them (nvidia-smi, torch), without the words that differ between tools. Cards that are not
+# listed (A10G, H100 NVL, GH200, a MIG instance) have other figures and are nobody's twin.
+_NAMES = {
+    "a10": "a10",
+    "a100 80gb pcie": "a100",
+    "a100 pcie 40gb": "a100_40gb",
+    "a100 pcie 80gb": "a100",
+    "a100 sxm4 40gb": "a100_40gb",
+    "a100 sxm4 80gb": "a100",
+    "b200": "b200",
+    "h100 80gb hbm3": "h100",
+    "h100 pcie": "h100_pcie",
+    "h200": "h200",
+    "instinct mi300x": "mi300x",
+    "l40s": "l40s",
+    "geforce rtx 4090": "rtx4090",
+}
+
+
+def named(name: str) -> str | None:
+    """The key of DEVICES that a vendor's name ('NVIDIA H100 80GB HBM3'), or the key itself, means. None if there is none."""
+    if name.lower() in DEVICES:
+        return name.lower()
+    words = re.split(r"[\s_-]+", name.lower())
+    return _NAMES.get(" ".join(word for word in words if word not in ("nvidia", "amd")))

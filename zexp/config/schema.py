@@ -240,6 +240,7 @@ class Execution:
 
     micro_batch: int = execution(4)  # sequences per forward pass
     device: str = execution("auto")  # auto (a GPU where there is one) | cpu | cuda
+    device_model: Optional[str] = execution(None)  # what plan reckons with (zexp/calc/devices.py: h100, …); null = this machine's
     deterministic: bool = execution(True)  # deterministic algorithms: same fingerprint, same bits
     log_every: int = execution(10)  # optimizer steps
     divergence: Divergence = execution(factory=Divergence)

@@ -33,6 +33,7 @@ from zexp.store.attempt import Attempt
 from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
 from zexp.train.checkpoint import load_model
+from zexp.train.fingerprint import device_model
 
 _FUNCTION = "!function "
 FEWSHOT_SEED = 1234  # lm-eval's own default, as are those of _seed
@@ -87,6 +88,8 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
         "settings": semantic["settings"],
         "lm_eval": importlib.metadata.version("lm_eval"),
         "seconds": round(time.monotonic() - started, 3),
+        "device": device_model(loaded.key[3]),
+        "threads": request["threads"],
     }
     files.write_json(scratch / "results.json", facts)
     files.write_atomic(scratch / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -27,6 +27,17 @@ def provenance() -> dict[str, Any]:
 
 
 @functools.cache
+def cpu_model() -> str:
+    """The name that the vendor gives this machine's CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
 def _of_this_process() -> dict[str, Any]:
     return {
         "zexp": zexp.__version__,

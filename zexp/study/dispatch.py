@@ -9,24 +9,23 @@ from zexp.store.folder import Store
 from zexp.study import plan as plans
 from zexp.study.launch import LauncherOptions, base, launch, progress
 
-# Seconds on one slot, to put the critical path first; only their order matters. FLOP/s is one CPU core's.
-FLOPS_PER_SECOND = 6e10
-DATA_SECONDS = 5.0
-EVAL_SECONDS = 2.0
-
 
 def run_stages(
     stages: Sequence[plans.Stage],
     store: Store,
     options: LauncherOptions,
+    costs: Mapping[str, float],
     before: Mapping[str, base.Outcome] | None = None,
     *,
     study: str,
     gate: Mapping[str, Any] | None = None,
     detach: bool = False,
 ) -> dict[str, base.Outcome]:
-    """Run the stages, parents first; how each ended. before: outcomes of an earlier part of the plan, whose failures
-    skip what depends on them here. study, gate, detach: see launch()."""
+    """Run the stages, parents first; how each ended.
+
+    costs: estimated seconds of each, to order them by. before: outcomes of an earlier part of the plan, whose failures
+    skip what depends on them here. study, gate, detach: see launch().
+    """
     lost = {id for id, outcome in (before or {}).items() if outcome.status != "done"}
     skipped: dict[str, base.Outcome] = {}
     launched = []
@@ -42,14 +41,13 @@ def run_stages(
             skipped[stage.id] = base.Outcome(status="diverged", error=reason)
             lost.add(stage.id)
         else:
-            launched.append(to_launch(stage))
+            launched.append(to_launch(stage, costs[stage.id]))
     with progress.Progress(launched) as on_event:
         return {**skipped, **launch(launched, store, options, on_event, study=study, gate=gate, detach=detach)}
 
 
-def to_launch(stage: plans.Stage) -> base.Stage:
+def to_launch(stage: plans.Stage, cost: float) -> base.Stage:
     """What the launcher needs to know of a stage."""
-    seconds = {"segment": stage.to_train * stage.flops_per_token / FLOPS_PER_SECOND, "eval": EVAL_SECONDS}
     return base.Stage(
         id=stage.id,
         kind=stage.kind,
@@ -58,5 +56,5 @@ def to_launch(stage: plans.Stage) -> base.Stage:
         request=stage.request,
         phase=stage.phase,
         label=stage.label,
-        cost=seconds.get(stage.kind, DATA_SECONDS),
+        cost=cost,
     )

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from zexp.config.errors import ConfigError
 from zexp.store import retention
 from zexp.store.folder import Store
+from zexp.study import nearest, record
 from zexp.study import plan as plans
-from zexp.study import record
+from zexp.study.outlook import DATA_KINDS, Outlook, outlook
 from zexp.study.resolve import Composed, Resolver, Variant
 from zexp.study.variants import study_name
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from zexp.study.launch import LauncherOptions
 
 __all__ = ["Acted", "Composed", "Request", "act", "completed", "planned"]
-
-DATA_KINDS = ("tokenizer", "corpus", "packing", "tasks")
-
 
 @dataclass(frozen=True)
 class Request:
@@ -60,20 +58,24 @@ class StageFailed(RuntimeError):
 def act(composed: list[Composed], request: Request) -> Acted:
     """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong."""
     plan, study, store, variants = planned(composed, request)
-    options = _options(request, plan) if plan.to_do else None
+    ahead = _ahead(request, plan, store, study)
+    for text in [] if ahead is None else ahead.warnings():
+        print(f"Warning: {text}", file=sys.stderr)
+    for text in [] if ahead is None else nearest.lines(ahead.nearest, most=1):
+        print(text)
     change = record.record(study["name"], study, plan, store)
     line = change.line(study["name"])
     if line is not None:
         print(line)
     _create(plan, store)
     if plans.mark(plan, store):  # another study may have changed the store before our pins stood
-        options = _options(request, plan) if plan.to_do else None
+        ahead = _ahead(request, plan, store, study)
         _create(plan, store)
-    outcomes = _run(plan, study["name"], store, options) if options is not None else {}
+    outcomes = _run(plan, study["name"], store, ahead) if ahead is not None else {}
     _drop_optimizers(plan, store)
     returns = _job_returns(composed, variants, plan, study, store)
     detached = any(variant.run.detach for variant in plan.variants)
-    here = options is None or options.backend == "local"
+    here = ahead is None or ahead.options.backend == "local"
     return Acted(returns, plan, study, store, outcomes, detached, here)
 
 
@@ -171,31 +173,36 @@ def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
 
     options = options_of(request.launcher)
     if isinstance(options, SlurmOptions):
-        preflight([to_launch(stage) for stage in plan.to_do], options)
+        preflight([to_launch(stage, 0.0) for stage in plan.to_do], options)
     elif any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():
         raise machine.no_gpu()
     return options
 
 
-def _run(plan: plans.Plan, study: str, store: Store, options: LauncherOptions) -> dict[str, Any]:
+def _ahead(request: Request, plan: plans.Plan, store: Store, study: dict[str, Any]) -> Outlook | None:
+    """What is known before it runs. None if nothing is to do; raises ConfigError for what cannot run here."""
+    return outlook(plan, store, _options(request, plan), study["name"]) if plan.to_do else None
+
+
+def _run(plan: plans.Plan, study: str, store: Store, ahead: Outlook) -> dict[str, Any]:
     """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
     from zexp.study import gate
     from zexp.study.dispatch import run_stages
 
-    if options.backend == "slurm":  # the jobs themselves look whether the supplies suffice: nobody may be there to do it
+    if ahead.options.backend == "slurm":  # the jobs themselves look whether the supplies suffice: nobody may be there to do it
         detach = any(variant.run.detach for variant in plan.variants)
         asked = gate.questions(plan, store)
-        return run_stages(plan.to_do, store, options, study=study, gate=asked, detach=detach)
+        return run_stages(plan.to_do, store, ahead.options, ahead.costs, study=study, gate=asked, detach=detach)
     outcomes: dict[str, Any] = {}
     data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS]
     rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]
     if data:
-        outcomes |= run_stages(data, store, options, study=study)
+        outcomes |= run_stages(data, store, ahead.options, ahead.costs, study=study)
         if any(outcome.status == "interrupted" for outcome in outcomes.values()):
             return outcomes
         plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
     if rest:
-        outcomes |= run_stages(rest, store, options, before=outcomes, study=study)
+        outcomes |= run_stages(rest, store, ahead.options, ahead.costs, before=outcomes, study=study)
     return outcomes
 
 

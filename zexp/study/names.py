@@ -51,7 +51,7 @@ def study(store: Store, name: str) -> str:
 
 def stage(store: Store, said: str) -> StageFolder:
     """The stage that a user names. Raises ConfigError with the candidates if there is not exactly one."""
-    return _folder(store, _stage_id(store, said) or said)
+    return _folder(store, stage_id(store, said) or said)
 
 
 def state(store: Store, said: str) -> State:
@@ -59,7 +59,7 @@ def state(store: Store, said: str) -> State:
 
     Raises ConfigError if there is not exactly one trajectory of that name, or no such state in it.
     """
-    id = _stage_id(store, said)
+    id = stage_id(store, said)
     tokens = None if id is None else int(id.partition("@")[2])
     if id is None:
         id, tokens = said, _tokens_said(said)
@@ -90,7 +90,7 @@ def _tokens_said(said: str) -> int | None:
     return int(tokens) if at else None
 
 
-def _stage_id(store: Store, said: str) -> str | None:
+def stage_id(store: Store, said: str) -> str | None:
     """The last segment's stage of the variant with that name, `<hash16>@<tokens>`; None if no variant has it."""
     known = studies(store)
     name, slash, variant = said.partition("/")

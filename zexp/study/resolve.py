@@ -147,7 +147,7 @@ class Resolver:
         """One variant, checked whole. Raises ConfigError with all its mistakes."""
         run = run_of(composed.config)
         problems = Problems()
-        _check_execution(run, problems)
+        check_execution(run, problems)
         sources = _sources_of(run, problems)
         model = self._collect(problems, lambda: self._model(run))
         data = self._collect(problems, lambda: self._data(run, sources))
@@ -432,7 +432,8 @@ def _epoch_cap(run: Run, name: str) -> int | None:
     return min(given) if given else None
 
 
-def _check_execution(run: Run, problems: Problems) -> None:
+def check_execution(run: Run, problems: Problems) -> None:
+    """Collect the mistakes of the execution keys."""
     if run.execution.micro_batch <= 0:
         problems.add(f"execution.micro_batch = {run.execution.micro_batch} must be above 0.")
     layout = layout_of(run)

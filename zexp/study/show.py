@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +12,11 @@ from rich.tree import Tree
 
 from zexp.config.tokens import say_tokens
 from zexp.store.folder import Store
+from zexp.study import nearest
 from zexp.study.plan import Plan, Stage, bins_known, ledger_of
+
+if TYPE_CHECKING:
+    from zexp.study.outlook import Outlook
 
 
 def say_bytes(size: float) -> str:
@@ -31,10 +35,15 @@ def say_flops(flops: float, digits: int = 3) -> str:
     return f"{flops / 1e6:.{digits}g} MFLOP"
 
 
-def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, *, as_json: bool) -> None:
+def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, outlook: Outlook, *, as_json: bool) -> None:
     """Print a plan: the tree, what is cached, what it costs. JSON is one object and nothing else."""
     if as_json:
-        print(json.dumps({"study": study["name"], "store": str(store.root), **the_plan.to_json()}))
+        said = {"study": study["name"], "store": str(store.root), **the_plan.to_json(), **outlook.to_json()}
+        nothing = {"seconds": None, "source": None, "basis": None}  # of a stage that is not to do
+        for stage in said["stages"]:
+            estimate = outlook.estimates.get(stage["id"])
+            stage.update(nothing if estimate is None else estimate.to_json())
+        print(json.dumps(said))
         return
     console = Console(highlight=False)
     tree = Tree(f"[bold]{study['name']}[/bold]" + (f"  {study['question']}" if study.get("question") else ""))
@@ -52,7 +61,13 @@ def plan(the_plan: Plan, study: Mapping[str, Any], store: Store, *, as_json: boo
     _print_ledger(console, the_plan, store)
     for line in dict.fromkeys(f"{v.arch} matched: {v.match.line()}" for v in the_plan.variants if v.match is not None):
         console.print(line)
+    for line in nearest.lines(outlook.nearest):
+        console.print(line, markup=False)  # names and keys may have brackets
     console.print(_summary(the_plan))
+    for line in outlook.lines():
+        console.print(line, markup=False)
+    for text in outlook.warnings():
+        console.print(f"Warning: {text}", style="yellow", markup=False)
     console.print("Nothing was started.")
 
 

@@ -5,10 +5,8 @@ which stretches of its tokens were trained under which fingerprint, its ancestor
 """
 
 import functools
-import platform
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ import torch
 from zexp.blocks.resolve import numerics
 from zexp.kernels import select
 from zexp.store.ids import semantic_id, short
+from zexp.store.provenance import cpu_model
 from zexp.train.optimizer import IMPLEMENTATION
 
 
@@ -47,12 +46,7 @@ def device_model(device: str) -> str:
     """The name that the vendor gives the device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpu_model()
 
 
 def extended(intervals: list[dict[str, Any]], start: int, to: int, fingerprint_name: str) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Finding GPUs and cores without torch."""
 
+import sys
+
 import pytest
 
 from zexp.study.launch import machine
@@ -31,3 +33,37 @@ def test_cpu_slots_share_the_cores_by_threads(monkeypatch):
     assert machine.slots("cuda", 1, none) == []
     assert machine.slots("auto", 1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == ["0", "1"]
     assert machine.slots("cpu", 4, {"CUDA_VISIBLE_DEVICES": "0,1"}) == ["", ""]
+
+
+QUERY = """GPU-aaaa, 0, NVIDIA H100 80GB HBM3, 81559
+GPU-bbbb, 1, NVIDIA A100-SXM4-40GB, 40960
+GPU-cccc, 2, NVIDIA GB10, [N/A]
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (["GPU-bbbb", "GPU-aaaa"], ["NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3"]),
+        (["0"], ["NVIDIA H100 80GB HBM3"]),
+        (["0", "2"], []),
+        (["GPU-dddd"], []),
+    ],
+)
+def test_what_the_visible_gpus_are_is_known_of_all_or_of_none(visible, names):
+    assert [gpu.name for gpu in machine.parse_gpu_models(QUERY, visible)] == names
+
+
+def test_gpu_memory_is_in_bytes():
+    assert machine.parse_gpu_models(QUERY, ["1"])[0].memory == 40 * 2**30
+
+
+def test_mig_instances_are_no_known_model():
+    assert machine.gpu_models({"CUDA_VISIBLE_DEVICES": "MIG-aaaa"}) == []
+    assert machine.gpu_models({"CUDA_VISIBLE_DEVICES": ""}) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel says it in /proc")
+def test_available_memory_is_part_of_all_memory():
+    found = machine.memory()
+    assert found is not None and 0 < found.available <= found.total

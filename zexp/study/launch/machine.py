@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from zexp.config.errors import ConfigError
@@ -94,3 +95,71 @@ def slots(device: str, threads: int, environ: Mapping[str, str] = os.environ) ->
     if found or device == "cuda":
         return found
     return [""] * max(1, cores() // threads)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """name: the vendor's; memory: bytes."""
+
+    name: str
+    memory: int
+
+
+def gpu_models(environ: Mapping[str, str] = os.environ) -> list[Gpu]:
+    """What the GPUs are that this process may use. Empty if that is not known: no nvidia-smi, or MIG instances among them."""
+    visible = gpus(environ)
+    if not visible or any(one.startswith("MIG-") for one in visible):
+        return []
+    query = ["nvidia-smi", "--query-gpu=uuid,index,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_gpu_models(listed.stdout, visible)
+
+
+def parse_gpu_models(listing: str, visible: list[str]) -> list[Gpu]:
+    """The GPUs of `nvidia-smi --query-gpu=uuid,index,name,memory.total` (MiB) that are visible, in that order.
+
+    Empty if one of them is not in the listing.
+    """
+    found: dict[str, Gpu] = {}
+    for line in listing.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) == 4 and fields[3].isdigit():  # "[N/A]" where memory is shared with the host
+            uuid, index, name, memory = fields
+            found[uuid] = found[index] = Gpu(name, int(memory) * 2**20)
+    return [found[one] for one in visible] if set(visible) <= set(found) else []
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of RAM that this machine, or the container that it is, has, and what of them new processes may take now."""
+
+    total: int
+    available: int
+
+
+def memory() -> Memory | None:
+    """None where the kernel does not say (macOS)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines)}
+        found = Memory(known["MemTotal"], known["MemAvailable"])
+    except (OSError, KeyError, ValueError):
+        return None
+    limit = _memory_limit()
+    return found if limit is None else Memory(min(found.total, limit.total), min(found.available, limit.available))
+
+
+def _memory_limit() -> Memory | None:
+    """A cgroup v2's (docker --memory=8g); its file cache counts as available. None without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text())  # "max" is no number
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(stat["inactive_file"]) + int(stat["active_file"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return Memory(most, max(0, most - used + cache))

@@ -114,7 +114,7 @@ def ended(ids: Sequence[str]) -> dict[str, Queued] | None:
     done = _run("sacct", "-n", "-X", "-P", "-j", ",".join(ids), "-o", "JobID,State,NodeList")
     if done is None or done.returncode != 0:
         return None
-    found = {}
+    found: dict[str, Queued] = {}
     for line in done.stdout.splitlines():
         id, state, node = line.strip().split("|", 2)
         word, _, rest = state.partition(" ")  # CANCELLED by 1000

@@ -8,11 +8,12 @@ first looks at its stages' parents in the store.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zexp.study.launch.base import Stage
-from zexp.study.launch.slurm.options import CLASSES, Resources, Shape
+from zexp.study.launch.slurm.options import CLASSES, Resources, Shape, SlurmOptions, shape_of
 
 
 @dataclass(frozen=True)
@@ -257,3 +258,13 @@ def _chained(
         for turn in range(common):
             made.append(Array(tuple(ordered[p][turn] for p in parents), shape, corresponds=place))
     return made
+
+
+def summary(stages: Sequence[Stage], options: SlurmOptions) -> str:
+    """What would be submitted, for a person: `Jobs: 8 in 4 arrays: 1 × …, 7 × ….`"""
+    shapes = {stage.id: shape_of(stage, options) for stage in stages}
+    units = units_of(stages, shapes, {name: options.resources(name) for name in set(CLASSES.values())}, {})
+    arrays = arrays_of(units, max(1, len(units)))
+    counts = Counter(unit.shape.line() for unit in units)
+    parts = ", ".join(f"{count} × {shape}" for shape, count in counts.items())
+    return f"Jobs: {len(units)} in {len(arrays)} arrays: {parts}."
