@@ -235,7 +235,12 @@ def _scancel(store: Store, study: str, stage: str | None) -> str | None:
     queued = cluster.queue([submission.job_name(store, study)])
     if queued is None:
         raise ConfigError("SLURM's controller does not answer. Nothing was cancelled; try again.")
-    live = {id: ids for one in sent for id, ids in one.jobs().items() if id in queued and not queued[id].over}
+    live = {
+        id: ids
+        for one in sent
+        for id, ids in one.jobs().items()
+        if (job := cluster.said_of(id, queued)) is not None and not job.over
+    }
     if stage is not None:
         live = {id: ids for id, ids in live.items() if any(one.partition("@")[0] == stage for one in ids)}
     if not live:

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from zexp.config.errors import ConfigError
@@ -109,9 +109,16 @@ def queue(names: Iterable[str]) -> dict[str, Queued] | None:
     return found
 
 
+def said_of(id: str, found: Mapping[str, Queued]) -> Queued | None:
+    """What an answer of queue() or ended() says of a job. Of elements that were cancelled while all of the rest of their array
+    waited, SLURM only keeps the array's own entry."""
+    return found.get(id) or found.get(id.partition("_")[0])
+
+
 def ended(ids: Sequence[str]) -> dict[str, Queued] | None:
     """What the accounting says of jobs that the controller has forgotten; None if it does not answer or there is none."""
-    done = _run("sacct", "-n", "-X", "-P", "-j", ",".join(ids), "-o", "JobID,State,NodeList")
+    arrays = dict.fromkeys(id.partition("_")[0] for id in ids)
+    done = _run("sacct", "-n", "-X", "-P", "-j", ",".join(arrays), "-o", "JobID,State,NodeList")
     if done is None or done.returncode != 0:
         return None
     found: dict[str, Queued] = {}

@@ -126,6 +126,7 @@ class Follow:
         else:
             found = cluster.queue([submission.job_name(self.store, self.study)])
         now = time.monotonic()
+        self._known = set()
         if found is None:
             if self._silent_since is None:
                 self._silent_since = now
@@ -134,13 +135,13 @@ class Follow:
         if self._silent_since is not None:
             self._silent_since = None
             self.on_event(Event(kind="slot", text="The scheduler answers again."))
-        self._queued |= found
         for sent in self.submissions:
-            lookup.note(sent, {id: found[id] for id in sent.jobs() if id in found})
-        live = {id for one in self._watched.values() for _, _, id in one.jobs}
-        if self._first_running is None and any(found[id].state == "RUNNING" for id in found.keys() & live):
+            said = {id: job for id in sent.jobs() if (job := cluster.said_of(id, found)) is not None}
+            lookup.note(sent, said)
+            self._queued |= said
+            self._known |= said.keys()
+        if self._first_running is None and any(self._queued[id].state == "RUNNING" for id in self._known):
             self._first_running = now
-        self._known = set(found)
         return True
 
     def _look(self, one: _Watched, asked: bool) -> None:

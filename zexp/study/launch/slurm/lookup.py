@@ -49,9 +49,10 @@ def jobs_of(store: Store, studies: Iterable[str]) -> tuple[dict[str, dict[str, S
         stages = found.setdefault(study, {})
         for one in sent:
             notes = read_notes(one)
-            said = notes | {id: job for id, job in (queued or {}).items() if not one.over}
             jobs = one.jobs()
-            note(one, {id: said[id] for id in jobs if id in said})
+            now = {} if one.over else {id: job for id in jobs if (job := cluster.said_of(id, queued or {})) is not None}
+            said = notes | now
+            note(one, now)
             if queued is not None and not one.over and all(id not in said or said[id].over for id in jobs):
                 one.end()
             for id, ids in jobs.items():

@@ -83,7 +83,7 @@ def in_hand(store: Store, study: str) -> InHand:
     others: dict[str, list[str]] = {}
     live: list[Submission] = []
     for one in known:
-        jobs = {id: ids for id, ids in one.jobs().items() if id in queued and not queued[id].over}
+        jobs = {id: ids for id, ids in one.jobs().items() if (job := cluster.said_of(id, queued)) is not None and not job.over}
         if not jobs and not _is_being_made(one):
             one.end()
         if one.study == study and jobs:
