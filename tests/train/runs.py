@@ -107,6 +107,7 @@ def request(to: int, **changes: Any) -> dict[str, Any]:
         "keep": [],
         "micro_batch": 4,
         "threads": 1,
+        "ranks": {"data": 1, "nodes": 1, "timeout_seconds": 60.0},
         "device": "cpu",
         "kernels": "auto",
         "deterministic": True,

@@ -74,7 +74,7 @@ def act(composed: list[Composed], request: Request) -> Acted:
 def planned(composed: list[Composed], request: Request) -> tuple[plans.Plan, dict[str, Any], Store, list[Variant]]:
     """The plan of the composed configs with their study and store; starts nothing. Raises ConfigError."""
     store = _store(composed)
-    variants = Resolver(store.root, request.directory).variants(composed)
+    variants = Resolver(store.root, request.directory, request.launcher.get("backend", "local")).variants(composed)
     plan = plans.build(variants, store)
     plans.check_sources(plan, store)
     study = _study(composed, variants)
