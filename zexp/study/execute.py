@@ -16,7 +16,7 @@ from zexp.config.errors import ConfigError
 from zexp.store import retention
 from zexp.store.folder import Store
 from zexp.study import plan as plans
-from zexp.study import record
+from zexp.study import ranks, record
 from zexp.study.resolve import Composed, Resolver, Variant
 from zexp.study.variants import study_name
 
@@ -165,6 +165,10 @@ def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
     options = options_of(request.launcher)
     if options.backend == "local" and any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():
         raise machine.no_gpu()
+    widest = max(ranks.count(stage.request) for stage in plan.to_do)
+    if options.backend == "local" and widest > 1:
+        on_gpus = any(s.request.get("device", "cpu") != "cpu" for s in plan.to_do)
+        machine.slots("auto" if on_gpus else "cpu", 1, widest)  # raises for fewer GPUs than ranks
     return options
 
 

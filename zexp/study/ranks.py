@@ -32,13 +32,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from zexp.config.errors import Problems
 from zexp.config.schema import Parallelism, Run
 
 if TYPE_CHECKING:
-    from zexp.study.stages import Ended, Watcher
+    from zexp.study.stages import Ended, Result, Watcher
     from zexp.train.phases import PhaseSpan
 
 
@@ -98,7 +99,7 @@ def check_batches(run: Run, spans: Sequence[PhaseSpan], problems: Problems) -> N
 
 
 def run_task(
-    root: str | os.PathLike[str],
+    root: str | Path,
     request: dict[str, Any],
     *,
     watcher: Watcher | None = None,
@@ -120,7 +121,7 @@ def run_task(
             "(WORLD_SIZE, or SLURM_NTASKS). Start one task for each rank."
         )
     if world.rank > 0:
-        return Ended(ranks.follow(root, request, world))
+        return Ended(cast("Result", ranks.follow(root, request, world)))
     with lead(world, request["ranks"]["timeout_seconds"]) as leading:
         ended = run_stage(root, request, watcher=watcher)
         leading.over(ended.result)

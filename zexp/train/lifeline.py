@@ -96,6 +96,7 @@ class Lead:
 
     def __exit__(self, *_: object) -> None:
         self.over("failed")
+        self._wait_for_late_ones()
         self._closing = True
         self._thread.join()
         for peer in self._peers.values():
@@ -137,6 +138,13 @@ class Lead:
             if self._over is None:
                 self._over = result
                 self._tell(op="over", result=result)
+
+    def _wait_for_late_ones(self) -> None:
+        """Where nothing had to be trained, ranks may come when it is over: they have to hear that."""
+        until = time.monotonic() + self.seconds
+        with self._changed:
+            while len(self._peers) + 1 < self.world.size and not self.processes and time.monotonic() < until:
+                self._changed.wait(0.2)
 
     # Waiting, in the thread that trains
 

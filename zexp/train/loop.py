@@ -90,10 +90,10 @@ def accompany(
     """Take part in the training that rank 0 runs, as another rank. word: what rank 0 said (see _together)."""
     segments = chain(store, word["trajectory"])
     root, segment = segments[0].semantic, segments[-1].semantic
-    device = world.device(request["device"])
-    details = fingerprint.fingerprint(root["model"], request, device)
-    _check_alike(details, word["fingerprint"])
     with _machine(request["threads"], request["deterministic"]):
+        device = world.device(request["device"])
+        details = fingerprint.fingerprint(root["model"], request, device)
+        _check_alike(details, word["fingerprint"])
         batches = Batches(store, segments, device, world.rank, world.size)
         training = blank(root, segment, request["kernels"], device)
         training.tokens, training.step, training.above = word["tokens"], word["step"], word["above"]
@@ -224,7 +224,7 @@ def _together(
     if lead is None:
         yield True
         return
-    word = {"trajectory": attempt.folder.id, "fingerprint": details}
+    word: dict[str, Any] = {"trajectory": attempt.folder.id, "fingerprint": details}
     word |= {"tokens": training.tokens, "step": training.step, "above": training.above}
     with lead.training(attempt, word, device, stop) as complete:
         if complete:

@@ -14,7 +14,6 @@ import selectors
 import shutil
 import signal
 import socket
-import sysconfig
 import tempfile
 import threading
 import time
@@ -24,10 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-import zexp
+from zexp.config.places import import_path
 from zexp.store.attempt import AttemptRecord
 from zexp.store.errors import StoreError
 from zexp.store.folder import Store
+from zexp.study import ranks
 from zexp.study import stages as running
 from zexp.study.launch import machine, slot
 from zexp.study.launch.base import Event, LauncherOptions, OnEvent, Outcome, Stage, Status
@@ -40,7 +40,6 @@ TICK_SECONDS = 0.5
 LEAVE_SECONDS = 10.0  # how long a server may take to notice that it is over
 SLOT_RESTARTS = 3  # of all slots of a launch together; more is no accident
 TRACEBACK_LINES = 15
-_SITE = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
 
 
 @dataclass
@@ -108,7 +107,7 @@ class LocalLaunch:
         """CUDA_VISIBLE_DEVICES of each slot that this launch may use. Raises ConfigError if a GPU is asked for in vain."""
         wanted = {str(stage.request.get("device", "cpu")) for stage in self.stages}
         device = "cuda" if "cuda" in wanted else "auto" if "auto" in wanted else "cpu"
-        found = machine.slots(device, self._threads())
+        found = machine.slots(device, self._threads(), max(ranks.count(stage.request) for stage in self.stages))
         if not found:
             raise machine.no_gpu()
         return found[: self.options.slots] if self.options.slots is not None else found
@@ -438,10 +437,7 @@ def _environment(threads: int) -> dict[str, str]:
     env = {name: str(threads) for name in machine.THREAD_VARIABLES}
     # The working directory is the user's: a file types.py in it must not replace Python's.
     env["PYTHONSAFEPATH"] = "1"
-    here = str(Path(zexp.__file__).parents[1])
-    if here not in _SITE:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
-    return env
+    return env | {"PYTHONPATH": import_path(os.environ.get("PYTHONPATH", ""))}
 
 
 def _describe(status: int) -> str:
