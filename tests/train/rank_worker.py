@@ -1,4 +1,4 @@
-"""A task of a job of several ranks, as a launcher starts it: python -m tests.train.rank_worker STORE REQUEST (JSON) [MISHAP].
+"""A task of a job of several ranks, as a launcher starts it: python -m tests.train.rank_worker STORE REQUEST [MISHAP].
 
 Prints how the stage ended. MISHAP happens to the rank that RANK or SLURM_PROCID says is 1, in its third step.
 """

@@ -33,7 +33,7 @@ def user_conf_dir(directory: Path) -> Path | None:
 
 
 def import_path(before: str) -> str:
-    """A PYTHONPATH for a new process that finds this zexp there, and what `before` names; "" if nothing has to be said."""
+    """A PYTHONPATH with which a new process finds this zexp, and what `before` names; it may be empty."""
     here = str(_PACKAGE.parent)
     installed = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
     return os.pathsep.join(filter(None, (here if here not in installed else "", before)))

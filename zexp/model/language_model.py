@@ -197,7 +197,7 @@ class LanguageModel(nn.Module):
         return self.norm(hidden)
 
     def step_counts(self) -> list[Tensor]:
-        """What the blocks counted over this step's tokens for after_step: of a part of a batch, the part's (BlockLayer)."""
+        """What the blocks counted over this step's tokens for after_step (BlockLayer.step_counts)."""
         return [counts for branch in self._branches() for counts in branch.step_counts()]
 
     def after_step(self) -> None:

@@ -19,8 +19,8 @@ Which environment variables it reads (zexp.train.parallel.World.from_environment
 
 - torchrun's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;
 - SLURM's, as srun gives them to each task: SLURM_PROCID, SLURM_NTASKS (or SLURM_STEP_NUM_TASKS), SLURM_LOCALID,
-  SLURM_STEP_NODELIST (or SLURM_JOB_NODELIST, SLURM_NODELIST), SLURM_JOB_ID, SLURM_STEP_ID. The meeting point is the first
-  node of the list and a port from 15000 to 29999 that is made of the two ids; MASTER_ADDR and MASTER_PORT replace them.
+  SLURM_STEP_NODELIST (or SLURM_JOB_NODELIST, SLURM_NODELIST), SLURM_JOB_ID, SLURM_STEP_ID. The meeting point is the
+  first node of the list and a port from 15000 to 29999 that is made of the two ids; MASTER_ADDR and MASTER_PORT replace them.
   Of CUDA_VISIBLE_DEVICES a task may see its own GPU alone or all of the node's: then number SLURM_LOCALID is its own.
 
 Nodes must reach each other by these names at any unprivileged port, see one store, and be of one kind.
@@ -66,13 +66,14 @@ def check(parallelism: Parallelism, launcher: str, problems: Problems) -> None:
         problems.add(f"parallelism.nodes = {nodes}: it must be at least 1.")
     elif data >= 1 and data % nodes:
         problems.add(
-            f"parallelism.nodes = {nodes} does not divide parallelism.data = {data}, the ranks over all nodes: each node "
-            f"has as many.\n  Set parallelism.data to {nodes} or a multiple of it, or parallelism.nodes to a divisor of {data}."
+            f"parallelism.nodes = {nodes} does not divide parallelism.data = {data}, the ranks over all nodes: each "
+            f"node has as many.\n  Set parallelism.data to {nodes} or a multiple of it, or parallelism.nodes to a divisor "
+            f"of {data}."
         )
     if nodes > 1 and launcher == "local":
         problems.add(
             f"parallelism.nodes = {nodes}: the local launcher has this one machine.\n"
-            "  Add hydra/launcher=slurm, or set parallelism.nodes to 1: parallelism.data ranks then run on this machine."
+            "  Add hydra/launcher=slurm, or set parallelism.nodes to 1: parallelism.data ranks then run on this one."
         )
 
 
@@ -91,8 +92,8 @@ def check_batches(run: Run, spans: Sequence[PhaseSpan], problems: Problems) -> N
         step = ranks * run.seq_len
         batches = sorted({max(step, span.batch_tokens // step * step), (span.batch_tokens // step + 1) * step})
         problems.add(
-            f"parallelism.data = {ranks}: {key}.batch_tokens = {span.batch_tokens} is {sequences} sequences of {run.seq_len}, "
-            f"which {ranks} ranks cannot share evenly.\n"
+            f"parallelism.data = {ranks}: {key}.batch_tokens = {span.batch_tokens} is {sequences} sequences of "
+            f"{run.seq_len}, which {ranks} ranks cannot share evenly.\n"
             f"  Choose parallelism.data among {', '.join(map(str, fitting))} (the result stays the same), or take "
             f"{key}.batch_tokens = {' or '.join(map(str, batches))} (another result)."
         )
@@ -107,7 +108,7 @@ def run_task(
 ) -> Ended:
     """Run a stage of several ranks as the rank that this process is; see the head of this file.
 
-    watcher: told of rank 0's attempt alone. Raises ValueError if the job has another number of tasks than the stage ranks.
+    watcher: told of rank 0's attempt alone. Raises ValueError if the job has more or fewer tasks than the stage ranks.
     """
     from zexp.study.stages import Ended, run_stage
     from zexp.train import ranks

@@ -113,7 +113,8 @@ class Lead:
         with self._changed:
             if self._used:
                 raise RuntimeError(
-                    "The other ranks of this job trained for the attempt whose lease was lost. Run the same command again."
+                    "The other ranks of this job trained for the attempt whose lease was lost. "
+                    "Run the same command again."
                 )
             self._used, self._attempt = True, attempt
         try:
@@ -163,8 +164,9 @@ class Lead:
                 if missing and time.monotonic() >= until:
                     ranks = ", ".join(map(str, missing))
                     raise RankFailed(
-                        f"{len(missing)} of {self.world.size} ranks ({ranks}) did not say {what} within {self.seconds:g} s "
-                        "(parallelism.timeout_seconds). Their logs are beside this one, log.rank1 and so on, or the launcher's."
+                        f"{len(missing)} of {self.world.size} ranks ({ranks}) did not say {what} within "
+                        f"{self.seconds:g} s (parallelism.timeout_seconds). Their logs are beside this one, log.rank1 and "
+                        "so on, or the launcher's."
                     )
                 self._changed.wait(0.2)
 
@@ -282,7 +284,8 @@ class Lead:
                 status = process.wait(2.0)
                 how = f"exit status {status}."
                 if status < 0:
-                    how = f"ended by {signal.Signals(-status).name}{', by hand or because memory ran out' * (status == -9)}."
+                    hint = ", by hand or because memory ran out" if -status == signal.SIGKILL else ""
+                    how = f"ended by {signal.Signals(-status).name}{hint}."
         if self._attempt is None:
             return how
         path = log_of(self._attempt.path, rank)

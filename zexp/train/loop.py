@@ -44,7 +44,8 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
     """Train a segment up to request["to"] (absolute tokens). "done", "diverged" or "interrupted".
 
     request: to, optimizer (whether the state there must be one to train on from), keep, micro_batch, threads, device, kernels, deterministic, log_every, checkpoint {every_seconds,
-    rolling}, ranks {data, nodes, timeout_seconds}, from_hf (the folder of a root's given weights), logger, retry_diverged, divergence {margin, steps}.
+    rolling}, ranks {data, nodes, timeout_seconds}, from_hf (the folder of a root's given weights), logger,
+    retry_diverged, divergence {margin, steps}.
     """
     target = int(request["to"])
     if (found := folder.diverged()) is not None and found["tokens"] <= target:
@@ -69,7 +70,8 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
                 store, segments, batches.stream, target, attempt, request["kernels"], device, request.get("from_hf")
             )
             details = fingerprint.fingerprint(segments[0].semantic["model"], request, device)
-            log.info("Training from %d to %d tokens on %s, threads: %d.", training.tokens, target, device, request["threads"])
+            start, threads = training.tokens, request["threads"]
+            log.info("Training from %d to %d tokens on %s, threads: %d.", start, target, device, threads)
             log.info("Fingerprint %s: %s", fingerprint.name_of(details), details)
             config = {"trajectory": folder.id, "segment": segment, "model": segments[0].semantic["model"]}
             config |= {"request": dict(request)}

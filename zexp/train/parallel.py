@@ -5,8 +5,8 @@ and divides its loss by the labels of the *whole* batch; gradients are then sums
 clips and updates alike. So layouts differ in the order of a sum, as cuts into micro-batches do, and in nothing else.
 One process is a world of size 1, where every operation here does nothing.
 
-Gloo on CPUs, NCCL on GPUs. Gradients travel when the backward pass is over (no overlap), in pieces of 32 MB; what a step
-has to agree on besides (its loss, who was told to stop, which parameters have gradients) travels with the first.
+Gloo on CPUs, NCCL on GPUs. Gradients travel when the backward pass is over (no overlap), in pieces of 32 MB; what a
+step has to agree on besides (its loss, who was told to stop, which parameters have gradients) travels with the first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class World:
         if "RANK" in environ and "WORLD_SIZE" in environ:
             missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
             if missing:
-                raise ValueError(f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}. torchrun sets all of them.")
+                raise ValueError(f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}. torchrun sets all.")
             return cls(
                 rank=int(environ["RANK"]),
                 size=int(environ["WORLD_SIZE"]),
@@ -91,7 +91,7 @@ class World:
         if self.size == 1:
             return "cuda"
         if seen > 1 and self.local_rank >= seen:
-            raise RuntimeError(f"This is rank {self.local_rank} of its machine, which shows {seen} GPUs: one each, please.")
+            raise RuntimeError(f"Rank {self.local_rank} of this machine finds {seen} GPUs here: one each, please.")
         return f"cuda:{self.local_rank if seen > 1 else 0}"
 
     def store(self, seconds: float) -> dist.TCPStore:
@@ -184,8 +184,8 @@ class World:
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
         if differing := [name for name, equal in zip(tensors, (most == least).tolist(), strict=True) if not equal]:
             raise RuntimeError(
-                f"The ranks have drifted apart: {len(differing)} of {len(tensors)} tensors differ, the first is {differing[0]}. "
-                "No state was written. A device that computes wrongly can do this; run again on other nodes."
+                f"The ranks have drifted apart: {len(differing)} of {len(tensors)} tensors differ, the first is "
+                f"{differing[0]}. No state was written. A device that computes wrongly can do this; run again on other nodes."
             )
 
     def _sum(self, tensors: Sequence[Tensor]) -> None:

@@ -54,9 +54,9 @@ def follow(root: str | os.PathLike[str], request: Mapping[str, Any], world: Worl
 
 @contextmanager
 def gathered(store: Store, request: Mapping[str, Any], attempt: Attempt) -> Iterator[Lead | None]:
-    """The Lead of the ranks that the request asks for: those of this job, or else started beside this process until the block ends.
+    """The Lead of the ranks that the request asks for; None for one rank.
 
-    None for one rank.
+    They are those of this job, or else are started beside this process and end with the block.
     """
     count = request["ranks"]["data"]
     if count == 1:

@@ -1,4 +1,4 @@
-"""What a training leaves behind: metrics, curves, progress and states, in its attempt. Rank 0 keeps it, the others nothing."""
+"""What a training leaves behind: metrics, curves, progress and states. Rank 0 keeps it, the others nothing."""
 
 import logging
 import time

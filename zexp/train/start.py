@@ -96,8 +96,9 @@ def begin(
 def blank(
     root: Mapping[str, Any], segment: Mapping[str, Any], kernels: str, device: str, seed: int | None = None
 ) -> Training:
-    """A model and its optimizer at 0 tokens. seed: None = the weights hold nothing, something is loaded over them (to draw
-    billions of them takes seconds).
+    """A model and its optimizer at 0 tokens.
+
+    seed: None = the weights hold nothing yet, something is loaded over them (to draw billions of them takes seconds).
     """
     model = build(root["model"], seed=seed, kernels=kernels, device=device)
     return Training(model, optimizer.build(model, segment["optim"], decayed(model)), 0, 0, [], {})
