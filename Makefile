@@ -1,11 +1,12 @@
 # make quickstart: install, then the study of sweeps/quickstart.yaml.  make test: install the dev extra, run the suite.
 # make studies: the studies of sweeps/ that only a longer test can run, at their smallest scale.
+# make test-dist: trainings by several processes on this machine.
 # TORCH: what pip installs as torch, e.g. TORCH='torch --index-url <the CPU index of pytorch.org>'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: quickstart setup setup-dev test test-slurm studies lint
+.PHONY: quickstart setup setup-dev test test-slurm test-dist studies lint
 quickstart: setup
 	$(BIN)/zexp run +sweeps=quickstart
 
@@ -31,6 +32,9 @@ test: setup-dev
 # A real SLURM cluster on this machine, brought up by the tests: as root, with the packages that tests/slurm/cluster.py names.
 test-slurm: setup-dev
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-dist: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m dist tests/train tests/study
 
 studies: setup-dev
 	$(BIN)/python -m pytest -m studies tests/studies

@@ -36,6 +36,26 @@ ARCHS: dict[str, dict[str, Any]] = {
             "g": {"heads": 2, "mlp_width": 24, "lora_rank": {"mlp": 2, "attention": 0}},
         },
     },
+    "mamba2": {
+        "pattern": "2*m",
+        "width": 16,
+        "tie_embeddings": True,
+        "norm": NORM,
+        "blocks": {"m": {"state_size": 8, "head_dim": 8, "chunk": 16}},
+    },
+    "blackmamba": {
+        "pattern": "r e",
+        "width": 16,
+        "tie_embeddings": True,
+        "norm": {**NORM, "final": "layernorm"},
+        "blocks": {
+            "r": {"state_size": 8},
+            "e": {
+                "experts": 4, "top_k": 1, "width": 12, "activation": "geglu_erf", "router": "sigmoid", "router_bias": True,
+                "normalise": False, "aux_loss": 0.0, "sinkhorn_iterations": 8, "routing_group": "document",
+            },
+        },
+    },
     "moe": {
         "pattern": "a e",
         "width": 16,
@@ -107,6 +127,7 @@ def request(to: int, **changes: Any) -> dict[str, Any]:
         "keep": [],
         "micro_batch": 4,
         "threads": 1,
+        "ranks": ranks(1),
         "device": "cpu",
         "kernels": "auto",
         "deterministic": True,
@@ -117,6 +138,11 @@ def request(to: int, **changes: Any) -> dict[str, Any]:
         "retry_diverged": False,
         **changes,
     }
+
+
+def ranks(count: int, seconds: float = 60.0) -> dict[str, Any]:
+    """`ranks` of a request for so many processes on this machine."""
+    return {"data": count, "nodes": 1, "timeout_seconds": seconds}
 
 
 def create(store: Store, segment: Segment) -> StageFolder:

@@ -60,5 +60,11 @@ class BlockLayer(nn.Module, ABC):
         """
         return self.forward(x_BTD, context)
 
+    def step_counts(self) -> list[Tensor]:
+        """Integers that this step's tokens were counted into and that after_step reads; several processes that train on
+        parts of one batch replace them, in place, by their sums.
+        """
+        return []
+
     def after_step(self) -> None:
         """Called after every optimizer step, for what changes by a rule and not by a gradient."""

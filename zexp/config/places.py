@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -28,3 +30,10 @@ def user_conf_dir(directory: Path) -> Path | None:
     if not mine.is_dir() or mine.resolve() == conf_dir().resolve():
         return None
     return mine.resolve()
+
+
+def import_path(before: str) -> str:
+    """A PYTHONPATH with which a new process finds this zexp, and what `before` names; it may be empty."""
+    here = str(_PACKAGE.parent)
+    installed = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
+    return os.pathsep.join(filter(None, (here if here not in installed else "", before)))

@@ -174,9 +174,11 @@ class Optim:
 class Parallelism:
     """How a stage uses the machine."""
 
-    threads: int = execution(1)  # CPU threads of one stage; part of the numerics fingerprint, never derived
-    # Layouts that `zexp calc` counts; a training runs on one device so far.
-    data: int = execution(1)  # copies of the model, each with micro-batches of its own
+    threads: int = execution(1)  # CPU threads of one process; part of the numerics fingerprint, never derived
+    nodes: int = execution(1)  # machines that the processes of one training are spread over, evenly
+    data: int = execution(1)  # copies of the model over all nodes, a process (rank) each: an equal share of every batch
+    timeout_seconds: float = execution(600.0)  # ranks wait for each other so long; more than writing a state takes
+    # Layouts that `zexp calc` counts; a training does without.
     zero: int = execution(0)  # what the copies share out: 0 nothing | 1 optimizer | 2 and gradients | 3 and weights
     tensor: int = execution(1)  # devices that share the matrices of one copy
     expert: int = execution(1)  # of the copies, how many share one set of experts

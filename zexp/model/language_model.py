@@ -16,7 +16,7 @@ from zexp.blocks.base import BlockSpec, FeederSpec
 from zexp.blocks.cache import Cache, KeyValues
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
-from zexp.blocks.layer import Place
+from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.norm import norm
 from zexp.blocks.resolve import Stack, specs_of, stack_of
 from zexp.blocks.table import layer_module
@@ -191,11 +191,18 @@ class LanguageModel(nn.Module):
             hidden = layer.decode(hidden, fed, own, context)  # type: ignore[operator]
         return self.norm(hidden)
 
+    def step_counts(self) -> list[Tensor]:
+        """What the blocks counted over this step's tokens for after_step (BlockLayer.step_counts)."""
+        return [counts for branch in self._branches() for counts in branch.step_counts()]
+
     def after_step(self) -> None:
         """To be called after every optimizer step: what blocks change by a rule and not by a gradient."""
+        for branch in self._branches():
+            branch.after_step()
+
+    def _branches(self) -> Iterator[BlockLayer]:
         for layer in self.layers:
-            for branch in layer.branches.values():  # type: ignore[union-attr,operator]
-                branch.after_step()  # type: ignore[operator,union-attr]
+            yield from layer.branches.values()  # type: ignore[union-attr,operator,misc]
 
     @property
     def head_weight(self) -> Tensor:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from zexp.config.errors import ConfigError
 from zexp.store import retention
 from zexp.store.folder import Store
-from zexp.study import nearest, record
+from zexp.study import nearest, ranks, record
 from zexp.study import plan as plans
 from zexp.study.outlook import DATA_KINDS, Outlook, outlook
 from zexp.study.resolve import Composed, Resolver, Variant
@@ -82,7 +82,7 @@ def act(composed: list[Composed], request: Request) -> Acted:
 def planned(composed: list[Composed], request: Request) -> tuple[plans.Plan, dict[str, Any], Store, list[Variant]]:
     """The plan of the composed configs with their study and store; starts nothing. Raises ConfigError."""
     store = _store(composed)
-    variants = Resolver(store.root, request.directory).variants(composed)
+    variants = Resolver(store.root, request.directory, request.launcher.get("backend", "local")).variants(composed)
     plan = plans.build(variants, store)
     plans.check_sources(plan, store)
     study = _study(composed, variants)
@@ -176,6 +176,10 @@ def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
         preflight([to_launch(stage, 0.0) for stage in plan.to_do], options)
     elif any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():
         raise machine.no_gpu()
+    widest = max(ranks.count(stage.request) for stage in plan.to_do)
+    if options.backend == "local" and widest > 1:
+        on_gpus = any(s.request.get("device", "cpu") != "cpu" for s in plan.to_do)
+        machine.slots("auto" if on_gpus else "cpu", 1, widest)  # raises for fewer GPUs than ranks
     return options
 
 

@@ -25,12 +25,13 @@ NEWEST = 8  # stages of one shape
 ATTEMPTS = 3  # of one stage
 READ_AT_MOST = 2000
 TAIL_BYTES = 16_384  # of metrics.jsonl: about 90 lines
-REQUEST_KEYS = ("micro_batch", "threads", "kernels", "deterministic", "layout")  # execution keys that make a training's speed
+REQUEST_KEYS = ("micro_batch", "threads", "kernels", "deterministic")  # execution keys that make a training's speed
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the speed of a training depends on. model: of text; request: the values of REQUEST_KEYS."""
+    """What the speed of a training depends on. model: of text; request: the values of REQUEST_KEYS, and how many ranks on
+    how many nodes."""
 
     model: str
     seq_len: int
@@ -49,7 +50,8 @@ class Figure:
 
 
 def _asked(request: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(request.get(key)) for key in REQUEST_KEYS)
+    ranks = request.get("ranks", {})
+    return (*(str(request.get(key)) for key in REQUEST_KEYS), *(str(ranks.get(key, 1)) for key in ("data", "nodes")))
 
 
 @dataclass

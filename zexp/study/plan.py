@@ -17,6 +17,7 @@ from zexp.data import ledger
 from zexp.store.files import read_json
 from zexp.store.folder import Store
 from zexp.store.ids import short
+from zexp.study import ranks
 from zexp.study.resolve import DataStage, EvalStage, Variant
 from zexp.study.variants import name_of
 from zexp.train.phases import Segment
@@ -341,6 +342,7 @@ def _segment_stage(
             "keep": sorted(keep),
             "micro_batch": run.execution.micro_batch,
             "threads": run.parallelism.threads,
+            "ranks": ranks.request(run.parallelism),
             "device": run.execution.device,
             "kernels": run.kernels.backend,
             "deterministic": run.execution.deterministic,

@@ -28,7 +28,7 @@ from zexp.kernels import select
 from zexp.model.hf import folder as hf_folder
 from zexp.store.fingerprint import DigestCache
 from zexp.store.ids import semantic_id
-from zexp.study import variants
+from zexp.study import ranks, variants
 from zexp.train import phases
 
 
@@ -115,11 +115,13 @@ ResolvedModel = tuple[dict[str, Any], calc_match.Match | None, dict[str, int], d
 class Resolver:
     """Resolves variants of one study; memoises what they share.
 
-    store_root: for the caches of file digests and task names; directory: what relative paths are relative to.
+    store_root: for the caches of file digests and task names; directory: what relative paths are relative to; launcher:
+    hydra.launcher.backend, which says over how many machines a training can be spread.
     """
 
     store_root: Path
     directory: Path
+    launcher: str = "local"
     _sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     _models: dict[str, ResolvedModel] = field(default_factory=dict)
     _tasks: dict[str, list[evaluate_plan.PlannedTask]] = field(default_factory=dict)
@@ -148,6 +150,7 @@ class Resolver:
         run = run_of(composed.config)
         problems = Problems()
         check_execution(run, problems)
+        ranks.check(run.parallelism, self.launcher, problems)
         sources = _sources_of(run, problems)
         model = self._collect(problems, lambda: self._model(run))
         data = self._collect(problems, lambda: self._data(run, sources))
@@ -172,6 +175,8 @@ class Resolver:
             ),
         )
         planned = None if data is None else self._collect(problems, lambda: self._planned_tasks(run, data[1], data[0]))
+        if chain is not None:
+            ranks.check_batches(run, chain.phases, problems)
         problems.raise_if_any()
         assert chain is not None and planned is not None and data is not None
         tokenizer, corpora, packings = data
@@ -440,7 +445,6 @@ def check_execution(run: Run, problems: Problems) -> None:
     illegal = layout.problems(None)
     problems.extend(illegal)
     for key, value, alone in (
-        ("data", layout.data, 1),
         ("zero", layout.zero, 0),
         ("tensor", layout.tensor, 1),
         ("expert", layout.expert, 1),
@@ -448,8 +452,8 @@ def check_execution(run: Run, problems: Problems) -> None:
     ):
         if value != alone and not illegal:
             problems.add(
-                f"parallelism.{key} = {value}: a training runs on one device so far, without it; `zexp calc` counts such a "
-                f"layout.\n  Set parallelism.{key} to {alone}."
+                f"parallelism.{key} = {value}: a training does without it so far; `zexp calc` counts such a layout."
+                f"\n  Set parallelism.{key} to {alone}."
             )
     if run.parallelism.threads <= 0:
         problems.add(f"parallelism.threads = {run.parallelism.threads} must be above 0.")

@@ -31,17 +31,25 @@ class Batch:
 
 
 class Batches:
-    """Random access to the sequences that a chain's last segment reads."""
+    """Random access to the sequences that a chain's last segment reads.
 
-    def __init__(self, store: Store, chain: Sequence[Segment], device: str):
+    rank, ranks: of how many equal, contiguous shares of every batch this is which.
+    """
+
+    def __init__(self, store: Store, chain: Sequence[Segment], device: str, rank: int = 0, ranks: int = 1):
         self.stream = Stream(chain, _bins(store, chain))
         self._store, self._device = store, device
+        self._rank, self._ranks = rank, ranks
         self._windows: dict[str, Windows] = {}
 
     def read(self, tokens: int, batch_tokens: int) -> Batch:
-        """What the optimizer step from `tokens` (absolute) to tokens + batch_tokens trains on."""
+        """This share of what the optimizer step from `tokens` (absolute) to tokens + batch_tokens trains on."""
         first, stop = self.stream.item_at(tokens), self.stream.item_at(tokens + batch_tokens)
-        rows = [self._row(item) for item in range(first, stop)]
+        share, rest = divmod(stop - first, self._ranks)
+        if rest:
+            raise ValueError(f"a batch of {stop - first} sequences cannot be shared evenly among {self._ranks} ranks")
+        first += self._rank * share
+        rows = [self._row(item) for item in range(first, first + share)]
         tokens_BT = torch.from_numpy(np.stack([tokens for tokens, _ in rows])).to(self._device)
         documents_BT = torch.from_numpy(np.stack([documents for _, documents in rows])).to(self._device)
         return Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], documents_BT[:, :-1])

@@ -19,7 +19,7 @@ from zexp.train.optimizer import IMPLEMENTATION
 
 
 def fingerprint(model: Mapping[str, Any], request: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """model: the semantic block; request: micro_batch, threads, kernels, deterministic; device: cpu or cuda."""
+    """model: the semantic block; request: micro_batch, threads, ranks, kernels, deterministic; device: cpu or cuda."""
     backends = select.backends(request["kernels"], select.operations_of(numerics(model)))
     packages = {select.FUSED[name][1] for name, backend in backends.items() if backend == "fused"}
     return {
@@ -30,7 +30,7 @@ def fingerprint(model: Mapping[str, Any], request: Mapping[str, Any], device: st
         "packages": {name: metadata.version(name) for name in sorted(packages)},
         "threads": request["threads"],
         "micro_batch": request["micro_batch"],
-        "layout": "one process",
+        "layout": _layout(request["ranks"]),
         "optimizer": IMPLEMENTATION,
         "deterministic": request["deterministic"],
     }
@@ -39,6 +39,13 @@ def fingerprint(model: Mapping[str, Any], request: Mapping[str, Any], device: st
 def name_of(details: Mapping[str, Any]) -> str:
     """16 hex digits."""
     return short(semantic_id(dict(details)))
+
+
+def _layout(ranks: Mapping[str, Any]) -> str:
+    """Over how many processes, and machines, a sum of gradients goes."""
+    if ranks["data"] == 1:
+        return "one process"
+    return f"data {ranks['data']}" + (f", nodes {ranks['nodes']}" if ranks["nodes"] > 1 else "")
 
 
 @functools.cache

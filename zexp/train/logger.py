@@ -1,4 +1,4 @@
-"""Where a training's curves go besides attempts/<n>/metrics.jsonl, which is always written.
+"""Where a training's curves go besides attempts/<n>/metrics.jsonl, which is always written; and its log.
 
 `logger=wandb` sends them to Weights & Biases: the run's id is the trajectory's (its first 16 digits), so that every
 attempt, and the scores later, belong to one run. Without a key the run is written offline and can be sent later.
@@ -7,7 +7,8 @@ attempt, and the scores later, belong to one run. Without a key the run is writt
 import logging
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import urlparse
@@ -124,3 +125,20 @@ def _netrc_has_key() -> bool:
         return netrc.netrc(path).authenticators(host) is not None
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """What zexp's loggers say from INFO on goes to the end of a file."""
+    package = logging.getLogger("zexp")
+    level_before = package.level
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.setLevel(level_before)
+        package.removeHandler(handler)
+        handler.close()

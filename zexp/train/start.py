@@ -70,33 +70,38 @@ def begin(
     Raises StoreError if the parent's state is missing or damaged (set aside then): its own stage has to make it again.
     """
     root, last = chain[0].semantic, chain[-1].semantic
-
-    def blank(seed: int | None) -> Training:
-        # Weights are drawn (seconds for billions of them) only where no state is loaded over them.
-        model = build(root["model"], seed=seed, kernels=kernels, device=device)
-        return Training(model, optimizer.build(model, last["optim"], decayed(model)), 0, 0, [], {})
-
     if (state := _newest_good(attempt, target)) is not None:
-        training = blank(seed=None)
+        training = blank(root, last, kernels, device)
         _load(training, state, stream, with_optimizer=True)
         log.info("Resuming at %d tokens.", training.tokens)
     elif last["parent"] is not None:
         fork = start_tokens(last)
         parent = store.folder("trajectory", last["parent"]["id"])
         state = checkpoint.verified(parent, fork)
-        training = blank(seed=None)
+        training = blank(root, last, kernels, device)
         carry = last["optimizer_state"] == "carry"
         _load(training, state, Stream(chain[:-1]), with_optimizer=carry)
         training.above = 0
         log.info("Forking at %d tokens; the optimizer's state is %s.", fork, "carried" if carry else "reset")
     elif "init" in root:
-        training = blank(seed=None)
+        training = blank(root, last, kernels, device)
         assert from_hf is not None, "the plan says where the weights lie"
         _load_given(store, root, Path(from_hf), training.model)
         log.info("Starting with the weights of %s.", from_hf)
     else:
-        training = blank(seed=root["seeds"]["init"])
+        training = blank(root, last, kernels, device, root["seeds"]["init"])
     return training
+
+
+def blank(
+    root: Mapping[str, Any], segment: Mapping[str, Any], kernels: str, device: str, seed: int | None = None
+) -> Training:
+    """A model and its optimizer at 0 tokens.
+
+    seed: None = the weights hold nothing yet, something is loaded over them (to draw billions of them takes seconds).
+    """
+    model = build(root["model"], seed=seed, kernels=kernels, device=device)
+    return Training(model, optimizer.build(model, segment["optim"], decayed(model)), 0, 0, [], {})
 
 
 def _load_given(store: Store, root: Mapping[str, Any], path: Path, model: LanguageModel) -> None:

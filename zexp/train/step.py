@@ -14,23 +14,33 @@ from zexp.train.batches import Batch
 from zexp.train.legality import PRECISIONS
 
 
-def backward(model: LanguageModel, batch: Batch, *, micro_batch: int, precision: str, document_mask: bool) -> Tensor:
+def backward(
+    model: LanguageModel,
+    batch: Batch,
+    *,
+    micro_batch: int,
+    precision: str,
+    document_mask: bool,
+    labels: int | None = None,
+) -> Tensor:
     """Add the gradients of the batch's mean loss to the parameters' .grad; the loss in nats a token, a scalar.
 
     The blocks' own losses (a router's balance) add to the gradients and not to the loss that is returned.
 
     micro_batch: sequences of a forward pass. precision: fp32, or bf16 (autocast; weights, gradients and the loss stay
-    fp32). document_mask: nothing passes from one document to the next.
+    fp32). document_mask: nothing passes from one document to the next. labels: of the global batch, where `batch` is a
+    part of it, and loss and gradients are this part's addends; None = the batch is whole.
     """
+    count = batch.labels_BT.numel() if labels is None else labels
     total = torch.zeros((), device=batch.inputs_BT.device)
     for part in batch.micro_batches(micro_batch):
         with _arithmetic(precision, batch.inputs_BT.device.type):
             auxiliary: list[Tensor] = []
             hidden_BTD = model(part.inputs_BT, part.documents_BT if document_mask else None, auxiliary)
-            loss = model.loss_sum(hidden_BTD, part.labels_BT) / batch.labels_BT.numel()
+            loss = model.loss_sum(hidden_BTD, part.labels_BT) / count
         total += loss.detach()
         for extra in auxiliary:
-            loss = loss + extra / batch.labels_BT.numel()
+            loss = loss + extra / count
         loss.backward()
     return total
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from zexp.config.errors import ConfigError
 from zexp.study.launch import machine
 
 LISTING = """GPU 0: NVIDIA H200 (UUID: GPU-01234567-89ab-cdef-0123-456789abcdef)
@@ -28,11 +29,21 @@ def test_a_preset_is_read_as_cuda_reads_it(preset, expected):
 def test_cpu_slots_share_the_cores_by_threads(monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 8)
     none = {"CUDA_VISIBLE_DEVICES": ""}
-    assert machine.slots("auto", 3, none) == ["", ""]
-    assert machine.slots("auto", 16, none) == [""]
-    assert machine.slots("cuda", 1, none) == []
-    assert machine.slots("auto", 1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == ["0", "1"]
-    assert machine.slots("cpu", 4, {"CUDA_VISIBLE_DEVICES": "0,1"}) == ["", ""]
+    assert machine.slots("auto", 3, environ=none) == ["", ""]
+    assert machine.slots("auto", 16, environ=none) == [""]
+    assert machine.slots("cuda", 1, environ=none) == []
+    assert machine.slots("auto", 1, environ={"CUDA_VISIBLE_DEVICES": "0,1"}) == ["0", "1"]
+    assert machine.slots("cpu", 4, environ={"CUDA_VISIBLE_DEVICES": "0,1"}) == ["", ""]
+    assert machine.slots("cpu", 2, 2, none) == ["", ""]
+
+
+def test_a_slot_of_several_ranks_has_a_gpu_for_each():
+    three = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
+    assert machine.slots("auto", 1, 2, three) == ["0,1"]
+    assert machine.slots("cuda", 1, 3, three) == ["0,1,2"]
+    assert machine.slots("cuda", 1, 2, {"CUDA_VISIBLE_DEVICES": ""}) == []
+    with pytest.raises(ConfigError, match=r"parallelism.data = 4: .* this machine shows 3.\n  Set parallelism.data to 3"):
+        machine.slots("auto", 1, 4, three)
 
 
 QUERY = """GPU-aaaa, 0, NVIDIA H100 80GB HBM3, 81559

@@ -73,6 +73,9 @@ class Layer(BlockLayer):
     def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
         return self._mixed(x_BTD, *self._routed(x_BTD, context, balanced=False))
 
+    def step_counts(self) -> list[Tensor]:
+        return [] if self._load_E is None else [self._load_E]
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Moves the biases of the choice by the sign of the load error: integers, so however the batch was cut."""

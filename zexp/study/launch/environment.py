@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import sysconfig
 from pathlib import Path
 
-import zexp
+from zexp.config.places import import_path
 from zexp.study.launch import machine
-
-_SITE = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
 
 
 def of_stages(threads: int, code: Path | None = None) -> dict[str, str]:
@@ -17,7 +14,5 @@ def of_stages(threads: int, code: Path | None = None) -> dict[str, str]:
     env = {name: str(threads) for name in machine.THREAD_VARIABLES}
     # The working directory is the user's: a file types.py in it must not replace Python's.
     env["PYTHONSAFEPATH"] = "1"
-    here = str(Path(zexp.__file__).parents[1]) if code is None else str(code)
-    if here not in _SITE:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
-    return env
+    before = os.environ.get("PYTHONPATH", "")
+    return env | {"PYTHONPATH": import_path(before) if code is None else os.pathsep.join(filter(None, (str(code), before)))}

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zexp.store.attempt import AttemptRecord
 from zexp.store.errors import StoreError
 from zexp.store.folder import Store
+from zexp.study import ranks
 from zexp.study import stages as running
 from zexp.study.launch import environment, machine, slot
 from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, Status
@@ -106,7 +107,7 @@ class LocalLaunch:
         """CUDA_VISIBLE_DEVICES of each slot that this launch may use. Raises ConfigError if a GPU is asked for in vain."""
         wanted = {str(stage.request.get("device", "cpu")) for stage in self.stages}
         device = "cuda" if "cuda" in wanted else "auto" if "auto" in wanted else "cpu"
-        found = machine.slots(device, self._threads())
+        found = machine.slots(device, self._threads(), max(ranks.count(stage.request) for stage in self.stages))
         if not found:
             raise machine.no_gpu()
         return found[: self.options.slots] if self.options.slots is not None else found

@@ -86,15 +86,21 @@ def parse_gpus(listing: str) -> list[str]:
     return [uuid for gpu in found for uuid in (gpu[1:] or gpu)]
 
 
-def slots(device: str, threads: int, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The CUDA_VISIBLE_DEVICES of each slot: one slot a GPU, else one slot for each `threads` cores, without GPUs.
+def slots(device: str, threads: int, ranks: int = 1, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The CUDA_VISIBLE_DEVICES of each slot: one slot for each `ranks` GPUs, else for each `ranks` · `threads` cores,
+    without GPUs.
 
-    device: auto | cpu | cuda. With cuda and no GPU the answer is empty.
+    device: auto | cpu | cuda. With cuda and no GPU the answer is empty. Raises ConfigError for fewer GPUs than ranks.
     """
     found = [] if device == "cpu" else gpus(environ)
+    if 0 < len(found) < ranks:
+        raise ConfigError(
+            f"parallelism.data = {ranks}: each rank has a GPU of its own, and this machine shows {len(found)}.\n"
+            f"  Set parallelism.data to {len(found)} or less, or execution.device=cpu."
+        )
     if found or device == "cuda":
-        return found
-    return [""] * max(1, cores() // threads)
+        return [",".join(found[first : first + ranks]) for first in range(0, len(found) - ranks + 1, ranks)]
+    return [""] * max(1, cores() // (threads * ranks))
 
 
 @dataclass(frozen=True)
