@@ -96,6 +96,8 @@ def _stage(folder: StageFolder, stage: Any, job: StageJob | None) -> dict[str, A
         about |= {"status": "running", "progress": None if last is None else last.progress()}
     elif job is not None and job.said is not None and not job.said.over and stage.status in ("missing", "failed"):
         about |= {"status": "waiting"}
+    elif job is not None and job.failure is not None and stage.status == "missing":
+        about |= {"status": "failed", "reason": job.failure}
     elif job is not None and job.said is not None and stage.status == "missing":
         about |= {"reason": ": ".join(filter(None, (stage.reason, job.line())))}
     return about

@@ -201,7 +201,7 @@ class Cluster:
     def kill_jobs(self, node: str | None = None) -> None:
         """SIGKILL to the processes of jobs, of one node or of all, until none is left."""
         for _ in range(20):
-            pids = self._job_pids(node)
+            pids = self.processes(node)
             if not pids:
                 return
             for pid in pids:
@@ -287,7 +287,7 @@ class Cluster:
             process.kill()
             process.wait(20)
 
-    def _job_pids(self, node: str | None) -> list[int]:
+    def processes(self, node: str | None) -> list[int]:
         """Processes with this cluster's job environment, and the slurmstepd above them."""
         found = []
         mine = f"SLURM_CONF={self.conf}".encode()

@@ -21,9 +21,9 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     seconds = float(os.environ["SLOW_STEP_SECONDS"])
     step = loop._Loop._step
 
-    def slow_step(self: Any, target: int) -> str | None:
+    def slow_step(self: Any, *arguments: Any) -> Any:
         time.sleep(seconds)
-        return step(self, target)
+        return step(self, *arguments)
 
     loop._Loop._step = slow_step  # type: ignore[method-assign]  # this process runs one stage
     return loop.run(store, folder, request, attempt)

@@ -258,3 +258,42 @@ def test_logs_of_a_running_stage(cluster: Cluster, tmp_path: Path, follow: bool)
     assert done.returncode == 0 and "Training from 2048 to 4608 tokens" in done.stdout, done.stderr
     assert ("state at 4608 tokens" in done.stdout) is follow
     wait_for(lambda: newest_state(stage) == 4608)
+
+
+AT_HOME = {"MASTER_ADDR": "127.0.0.1"}  # the names of these nodes are nobody's
+NODES_2 = ["parallelism.nodes=2", "parallelism.data=2", "parallelism.timeout_seconds=30"]
+
+
+def test_two_nodes_train_one_stage(cluster: Cluster, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.study("wide", {"one": []})
+    folder.environment |= AT_HOME
+    done = folder.zexp("run", "+sweeps=wide", *SLURM, *NODES_2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (stage,) = folder.anneals("+sweeps=wide").values()
+    state = json.loads((stage / "states/3072/state.json").read_text())
+    assert [one["layout"] for one in state["fingerprint_details"].values()] == ["data 2, nodes 2"], state
+    nodes = cluster.run("sacct", "-n", "-X", "-P", "-o", "NNodes,State").split()
+    assert nodes.count("2|COMPLETED") == 2
+    alone = Folder(tmp_path / "alone")
+    alone.study("wide", {"one": []})
+    assert alone.zexp("run", "+sweeps=wide").returncode == 0
+    (there,) = alone.anneals("+sweeps=wide").values()
+    losses = [[step["loss"] for step in one.steps(path)[0]] for one, path in ((folder, stage), (alone, there))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # sums in another order, as tests/train/test_ranks.py argues
+
+
+def test_a_dead_rank_ends_the_stage_quickly_with_its_reason(cluster: Cluster, tmp_path: Path) -> None:
+    folder = Folder(tmp_path, step_seconds=0.2)
+    folder.study("torn", {"one": []}, 12_800)
+    folder.environment |= AT_HOME
+    process = folder.start("run", "+sweeps=torn", *SLURM, *SLOW, *NODES_2)
+    (stage,) = folder.anneals("+sweeps=torn").values()
+    wait_for(lambda: newest_state(stage))
+    other = [pid for pid in cluster.processes("node2") if b"SLURM_PROCID=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    began = time.monotonic()
+    os.kill(max(other), signal.SIGKILL)
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode == 1 and time.monotonic() - began < 60, said
+    assert "rank 1" in said, said
+    wait_for(lambda: not jobs(cluster), 30)

@@ -103,12 +103,13 @@ def run_task(
     root: str | Path,
     request: dict[str, Any],
     *,
+    handlers: Mapping[str, str] | None = None,
     watcher: Watcher | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Ended:
     """Run a stage of several ranks as the rank that this process is; see the head of this file.
 
-    watcher: told of rank 0's attempt alone. Raises ValueError if the job has more or fewer tasks than the stage ranks.
+    handlers, watcher: as run_stage has them, of rank 0 alone. Raises ValueError if the job has more or fewer tasks than the stage ranks.
     """
     from zexp.study.stages import Ended, run_stage
     from zexp.train import ranks
@@ -124,6 +125,6 @@ def run_task(
     if world.rank > 0:
         return Ended(cast("Result", ranks.follow(root, request, world)))
     with lead(world, request["ranks"]["timeout_seconds"]) as leading:
-        ended = run_stage(root, request, watcher=watcher)
+        ended = run_stage(root, request, handlers=handlers, watcher=watcher)
         leading.over(ended.result)
     return ended

@@ -17,14 +17,15 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-from zexp.study.stages import EXIT_CODES, Interrupted, Watcher, run_stage
+from zexp.study.ranks import run_task
+from zexp.study.stages import EXIT_CODES, Ended, Interrupted, Watcher, run_stage
 
 
 def run_job(job: dict[str, Any], lifeline: int, report: int) -> NoReturn:
     """Run the job's requests and end the process. With one request the exit code says how it ended (EXIT_CODES);
     with several it is that of the last one that is not done.
 
-    job: {store, requests, handlers, grace_seconds}. Nothing of the server runs on the way out: no atexit, no finally.
+    job: {store, requests, handlers, grace_seconds}, and tasks if this process is rank 0 of so many that a cluster started. Nothing of the server runs on the way out: no atexit, no finally.
     """
     code = EXIT_CODES["failed"]
     try:
@@ -62,7 +63,12 @@ def _run(job: dict[str, Any], report: int) -> int:
                 waiting = True
 
         watcher = Watcher(started=lambda path: say("started", attempt=str(path)), waiting=on_wait)
-        ended = run_stage(job["store"], request, handlers=job["handlers"], watcher=watcher)
+        run = run_task if job.get("tasks", 1) > 1 else run_stage
+        try:
+            ended = run(job["store"], request, handlers=job["handlers"], watcher=watcher)
+        except Exception as error:  # of ranks that do not meet: there is no attempt yet that could hold it
+            traceback.print_exc()
+            ended = Ended("failed", "".join(traceback.format_exception_only(error)).strip())
         say("ended", result=ended.result, error=ended.error)
         code = EXIT_CODES[ended.result] or code
         if ended.result == "interrupted":

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zexp.store import files
 from zexp.store.attempt import AttemptRecord
 from zexp.store.folder import StageFolder, Store
 from zexp.study.launch import ended
@@ -96,17 +95,15 @@ class Follow:
 
     def _begin(self) -> None:
         jobs: dict[str, list[tuple[Submission, int, str]]] = {}
-        for one in self.submissions:
-            record = one.record()
-            for array in record["arrays"]:
-                for place, unit in enumerate(array["units"]):
-                    id = submission.job_id(array["job"], place, len(array["units"]))
-                    for stage in record["units"][str(unit)]:
-                        jobs.setdefault(stage, []).append((one, unit, id))
-        for stage in self.stages:
-            folder = stage_folder(self.store, stage.full_request())
+        for sent in self.submissions:
+            stages = sent.jobs()
+            for id, unit in sent.units().items():
+                for stage in stages[id]:
+                    jobs.setdefault(stage, []).append((sent, unit, id))
+        for one in self.stages:
+            folder = stage_folder(self.store, one.full_request())
             last = folder.last_attempt()
-            self._watched[stage.id] = _Watched(stage, folder, jobs.get(stage.id, []), 0 if last is None else last.n)
+            self._watched[one.id] = _Watched(one, folder, jobs.get(one.id, []), 0 if last is None else last.n)
 
     # One look
 
@@ -169,12 +166,7 @@ class Follow:
         if not one.jobs:
             return None
         sent, unit, _ = one.jobs[-1]
-        path = sent.unit(unit).with_suffix(".ended.json")
-        try:
-            found: dict[str, Any] | None = files.read_json(path)["stages"].get(one.stage.id)
-        except FileNotFoundError:
-            return None
-        return found
+        return sent.said(unit, one.stage.id)
 
     def _job_spoke(self, one: _Watched, said: Mapping[str, Any]) -> bool:
         """Take what a job says of a stage that is not in the store; True if that is its end."""

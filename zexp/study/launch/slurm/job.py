@@ -31,20 +31,51 @@ from zexp.store.folder import StageFolder, Store
 from zexp.study import gate
 from zexp.study.launch import ended
 from zexp.study.launch.slurm import cluster, submission
+from zexp.study.ranks import run_task
 from zexp.study.stages import NEED_TORCH, Result, divergence, is_done, stage_folder
 
 LOOK_SECONDS = 0.05  # how often a running stage's process is looked at
 REQUEUE_SECONDS = 300.0  # for how long a controller that is away is asked again
 SILENT_SECONDS = 60.0  # twelve missed beats of a lease
+WORD_SECONDS = 300.0  # how long the tasks of a job wait for their first one
 WAIT_SECONDS = 60.0  # how long another holder of a stage is waited for before the allocation is given back
 
 
 def run(unit: str) -> None:
     """The function of every job. Ends the process with status 1 if a stage of the unit is not done and will not be."""
-    code = _Job(Path(unit)).run()
+    rank = int(os.environ.get("SLURM_PROCID", 0))
+    code = _Job(Path(unit)).run() if rank == 0 else accompany(Path(unit))
     sys.stdout.flush()
     if code:
         raise SystemExit(code)
+
+
+def accompany(path: Path) -> int:
+    """What the other tasks of a job of several nodes do: wait for the first one's word, then train along as a rank.
+
+    The exit code. The first task alone looks at the store, requeues the job and says how the stage ended.
+    """
+    unit = files.read_json(path)
+    (stage,) = unit["stages"]
+    word = _word_of(path)
+    end = time.monotonic() + WORD_SECONDS
+    while not word.is_file():
+        if time.monotonic() > end:
+            print(f"The first task said nothing for {WORD_SECONDS:g} s ({word}).", flush=True)
+            return 1
+        time.sleep(0.2)
+        os.listdir(word.parent)  # so that an NFS client looks again
+    if files.read_json(word)["run"]:
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # submitit's would swallow them
+        run_task(unit["store"], stage["request"])
+    return 0
+
+
+def _word_of(path: Path) -> Path:
+    """Where the first task says whether this start of the job runs its stage."""
+    start = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+    return path.with_suffix(f".word-{start}.json")
 
 
 @dataclass
@@ -77,9 +108,11 @@ class _Job:
     _child: int | None = None
     _unit: dict[str, Any] = field(default_factory=dict)
     _said: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _seen: dict[str, Any] = field(default_factory=dict)
     _warm: bool = False
     _slot: lease.Lease | None = None
     _beaten: float = 0.0
+    _gave_word: bool = False
 
     def run(self) -> int:
         self._unit = files.read_json(self.path)
@@ -91,6 +124,8 @@ class _Job:
         try:
             return self._run_stages(given_up)
         finally:
+            if not self._gave_word:
+                self._give_word(run=False)
             if self._slot is not None:
                 self._slot.release()
 
@@ -136,7 +171,9 @@ class _Job:
                 fruitless += 1
         starts = 1 if before is None else before["starts"] + 1
         facts = {"job": _id(), "host": os.uname().nodename, "node": os.environ.get("SLURMD_NODENAME"), "pid": os.getpid()}
+        tries = 0 if before is None else before["tries"]
         self._seen = {**facts, "time": time.time(), "starts": starts, "fruitless": fruitless, "far": far, "waited": False}
+        self._seen["tries"] = tries
         files.write_json(seen, self._seen)
         print(f"start {starts} of {self.path}", flush=True)
         if fruitless < self._unit["max_fruitless"]:
@@ -207,7 +244,10 @@ class _Job:
     def _stage(self, request: dict[str, Any]) -> Result:
         """Run a stage, again after a failure as often as is asked for. interrupted: it goes on when the job is started again."""
         self._preload(request)
-        for turn in range(self._unit["retries"] + 1):
+        self._give_word(run=True)
+        # Of several tasks the others end with a failed one, so a job of them is tried again by being requeued.
+        before, here = self._seen["tries"], (self._unit["retries"] + 1 if self._unit["tasks"] == 1 else 1)
+        for turn in range(before, before + here):
             end = self._run(request)
             if self._is_there(request):
                 self._say(request, "done")
@@ -222,8 +262,18 @@ class _Job:
             if end.result != "failed":
                 return end.result
             print(f"{request['stage']} failed: {end.error}", flush=True)
+            if self._unit["tasks"] > 1 and turn < self._unit["retries"]:
+                self._seen["tries"] = turn + 1
+                self.busy, self.told = True, "it is tried again"
+                return "interrupted"
         self._count_failure(request)
         return "failed"
+
+    def _give_word(self, *, run: bool) -> None:
+        """Tell the other tasks of the job whether the stage runs at this start."""
+        self._gave_word = True
+        if self._unit["tasks"] > 1:
+            files.write_json(_word_of(self.path), {"run": run})
 
     def _preload(self, request: Mapping[str, Any]) -> None:
         if request["kind"] in NEED_TORCH and not self._warm:
@@ -350,7 +400,7 @@ def _be_the_child(
             os.close(end)
         from zexp.study.launch.child import run_job
 
-        job = {"store": unit["store"], "requests": [request], "handlers": unit["handlers"]}
+        job = {"store": unit["store"], "requests": [request], "handlers": unit["handlers"], "tasks": unit["tasks"]}
         run_job({**job, "grace_seconds": unit["grace_seconds"]}, read_job, write_report)
     finally:
         os._exit(1)

@@ -20,11 +20,13 @@ NOTES = "jobs.json"
 
 @dataclass(frozen=True)
 class StageJob:
-    """The newest job of a stage. said: what is known of it; None if nobody knows anything."""
+    """The newest job of a stage. said: what the scheduler says of it, None if nothing is known; failure: why the stage failed,
+    as the job itself says."""
 
     id: str
     submission: Submission
     said: Queued | None
+    failure: str | None = None
 
     def line(self) -> str:
         """`job 12_3 RUNNING on node2`."""
@@ -55,8 +57,11 @@ def jobs_of(store: Store, studies: Iterable[str]) -> tuple[dict[str, dict[str, S
             note(one, now)
             if queued is not None and not one.over and all(id not in said or said[id].over for id in jobs):
                 one.end()
-            for id, ids in jobs.items():
-                stages |= {stage: StageJob(id, one, said.get(id)) for stage in ids}
+            for id, unit in one.units().items():
+                for stage in jobs[id]:
+                    told = one.said(unit, stage)
+                    failure = told["error"] if told is not None and told["result"] == "failed" else None
+                    stages[stage] = StageJob(id, one, said.get(id), failure)
     return found, queued is None
 
 

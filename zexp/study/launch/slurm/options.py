@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from zexp.study import ranks
 from zexp.study.launch.base import Stage
 from zexp.study.launch.options import WHERE, LauncherOptions, is_number, is_whole
 
@@ -217,7 +218,9 @@ def shape_of(stage: Stage, options: SlurmOptions) -> Shape:
     name = CLASSES[stage.kind]
     own = options.resources(name)
     threads = int(stage.request.get("threads", 1))
-    nodes, processes = int(stage.request.get("nodes", 1)), int(stage.request.get("processes", 1))
+    nodes, count = int(stage.request.get("ranks", {}).get("nodes", 1)), ranks.count(stage.request)
+    # Ranks of one machine are processes of one task; over several nodes each rank is a task (zexp.study.ranks).
+    tasks, processes = (count // nodes, 1) if nodes > 1 else (1, count)
     others = {
         **{key: str(getattr(own, key)) for key in ("account", "qos", "constraint") if getattr(own, key) is not None},
         **{
@@ -230,8 +233,8 @@ def shape_of(stage: Stage, options: SlurmOptions) -> Shape:
         partition=own.partition,
         nodes=nodes,
         gpus_per_node=own.gpus_per_node or 0,
-        cpus_per_task=own.cpus_per_task or threads,
-        tasks_per_node=max(1, processes // nodes),
+        cpus_per_task=own.cpus_per_task or threads * processes,
+        tasks_per_node=tasks,
         timeout_min=own.timeout_min or options.timeout_min,
         mem_gb=own.mem_gb,
         others=tuple(sorted(others.items())),

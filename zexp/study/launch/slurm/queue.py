@@ -102,7 +102,9 @@ def units_of(
             key = (CLASSES[bundle[0].kind], shapes[bundle[0].id], making.parents(bundle))
             packs.setdefault(key, []).append(bundle)
         for bundle_list in packs.values():
-            for packed in _packed(bundle_list, resources[CLASSES[bundle_list[0][0].kind]]):
+            first = bundle_list[0][0]
+            alone = shapes[first.id].tasks > 1  # its tasks are ranks of one stage
+            for packed in bundle_list if alone else _packed(bundle_list, resources[CLASSES[first.kind]]):
                 making.add(packed)
     return _ranked(making, behind)
 

@@ -49,13 +49,28 @@ class Submission:
     def jobs(self) -> dict[str, list[str]]:
         """Job id -> the ids of its stages, of all jobs that were submitted."""
         record = self.record()
-        stages = {int(number): ids for number, ids in record["units"].items()}
+        return {id: record["units"][str(unit)] for id, unit in self._units(record).items()}
+
+    def units(self) -> dict[str, int]:
+        """Job id -> the number of its unit."""
+        return self._units(self.record())
+
+    @staticmethod
+    def _units(record: Mapping[str, Any]) -> dict[str, int]:
         return {
-            job_id(array["job"], place, len(array["units"])): stages[unit]
+            job_id(array["job"], place, len(array["units"])): unit
             for array in record["arrays"]
             if array["job"] is not None
             for place, unit in enumerate(array["units"])
         }
+
+    def said(self, unit: int, stage: str) -> dict[str, Any] | None:
+        """What a unit's job said of one of its stages: {result, error, attempt, tries}; None if it has said nothing."""
+        try:
+            found: dict[str, Any] | None = files.read_json(self.unit(unit).with_suffix(".ended.json"))["stages"].get(stage)
+        except FileNotFoundError:
+            return None
+        return found
 
     @property
     def stopped(self) -> str | None:

@@ -180,6 +180,7 @@ def _write_units(
                 "max_parallel": options.max_parallel,
                 "grace_seconds": options.grace_seconds,
                 "preload": list(options.preload),
+                "tasks": unit.shape.tasks,
                 "handlers": options.handlers,
                 "stages": [
                     {
@@ -272,8 +273,9 @@ def _executor(
         job_name=record["name"],
         signal_delay_s=options.signal_delay_s,
         setup=[*environment_lines(variables), *array.shape.setup],
-        # Since 22.05 srun does not take the job's --cpus-per-task.
-        srun_args=[f"--cpus-per-task={array.shape.cpus_per_task}", "--kill-on-bad-exit=1"],
+        # Since 22.05 srun does not take the job's --cpus-per-task. A rank that dies ends the others within seconds, the first of
+        # which writes down why: so they are given a moment, and are killed then (instead of --kill-on-bad-exit, at once).
+        srun_args=[f"--cpus-per-task={array.shape.cpus_per_task}", *(["--wait=30"] if array.shape.tasks > 1 else [])],
         array_parallelism=min(options.max_parallel or len(array.units), len(array.units)),
         additional_parameters=extra,
         **({} if dependency is None else {"dependency": dependency}),
