@@ -131,7 +131,7 @@ def wanted(records: Iterable[Record], snapshot: Snapshot) -> Wanted:
             found.cuts.setdefault(stage.folder, set()).add(stage.to)
             if keeps_whole is None:
                 found.unsaid.add(stage.folder)
-            if stage.id in forked or keeps_whole and keeps_whole & set(stage.variants):
+            if stage.id in forked or (keeps_whole and keeps_whole & set(stage.variants)):
                 found.whole.add((stage.folder, stage.to))
             if stage.needed and stage.resume_from is not None:
                 found.whole.add((stage.folder, stage.resume_from))
@@ -354,7 +354,7 @@ def carry_out(
     something was renamed and before it is deleted: what it wants is put back. (It is recorded before it looks at the
     store for the last time, so either it is seen here, or it sees that the thing is gone.)
     """
-    store, made = inventory.store, Done()
+    made = Done()
     by_stage: dict[str, list[Drop]] = {}
     for drop in decision.drops:
         by_stage.setdefault(drop.stage, []).append(drop)
@@ -414,7 +414,7 @@ def _move(seen: Seen, drop: Drop) -> trash.Aside | None:
     try:
         if drop.place == "":
             return trash.away(seen.folder.store, drop.path, drop.stage.replace("/", "-"))
-        if drop.reason == LEFTOVERS:
+        if drop.reason == LEFTOVERS and drop.path.name != "tmp":
             return trash.Aside(drop.path, drop.path)  # nobody looks at it where it is
         return trash.aside(seen.folder, drop.path)
     except FileNotFoundError:
