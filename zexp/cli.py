@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ zexp: which hybrid language model, and which annealing recipe? Studies as trees 
   zexp logs STAGE|STUDY/VARIANT     the log of a stage's last attempt
   zexp export RUN --hf DIR      a trained model as transformers loads it (--safetensors DIR: any model)
   zexp sample RUN "prompt"      text that a trained model writes
+  zexp store ls|du|verify|gc|rm|export|import   what the store holds: to see, check, thin out, carry elsewhere
   zexp init DIR                 a small folder of your own: an architecture, a mix over local text, a study
 
 Overrides are Hydra's:      zexp run arch=zamba2_tiny anneal=replay60
@@ -29,7 +31,8 @@ Exit codes: 0 all done · 1 a stage failed or diverged · 2 the request was wron
 """
 
 HYDRA_VERBS = ("run", "plan", "calc")
-OTHER_VERBS = ("status", "report", "logs", "export", "sample", "init")
+OTHER_VERBS = ("status", "report", "logs", "export", "sample", "store", "init")
+MODULES = {"store": "zexp.store_verb"}  # verbs with parts of their own; the others are functions of zexp.verbs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,9 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f" Did you mean `zexp {near[0]}`?" if near else ""
         print(f"zexp: {verb!r} is no verb.{hint} `zexp --help` lists them.", file=sys.stderr)
         return 2
-    from zexp import verbs
-
-    return _guarded(lambda: getattr(verbs, verb)(rest), trains=False)
+    module = importlib.import_module(MODULES.get(verb, "zexp.verbs"))
+    return _guarded(lambda: getattr(module, verb)(rest), trains=False)
 
 
 def _verbs_completed(words: list[str]) -> list[str] | None:
@@ -83,6 +85,8 @@ def _verbs_completed(words: list[str]) -> list[str] | None:
         from zexp import verbs
 
         return verbs.runs(parts[2])
+    if parts[1] in MODULES:
+        return list(importlib.import_module(MODULES[parts[1]]).completed(parts[2:]))
     return [] if parts[1] in OTHER_VERBS else None
 
 

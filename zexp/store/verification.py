@@ -64,7 +64,7 @@ def strays(inventory: Inventory) -> Iterator[Damage]:
     """Folders among the stages that are none."""
     for stray in inventory.strays:
         key = f"{stray.path.parent.name}/{stray.path.name}"
-        begun = [path for path in stray.path.glob("states/*")] + [path for path in stray.path.glob("result")]
+        begun = [*stray.path.glob("states/*"), *stray.path.glob("result")]
         if begun:
             advice = "put its config.yaml back (a copy of the store has it), or move the folder out of the store: it is made again"
             yield Damage(key, "config.yaml", stray.problem, advice)
@@ -115,8 +115,6 @@ def _config(seen: Seen) -> Iterator[Damage]:
     if made != seen.folder.id:
         problem = f"the id of its semantic block is {made[:16]}, not {seen.folder.path.name}: it was edited"
         yield Damage(seen.key, "config.yaml", problem, "move the folder out of the store: the next run makes it again")
-    if not (seen.folder.path / "provenance.json").is_file():
-        yield Damage(seen.key, "provenance.json", "it is missing", "nothing but the record of what made it is lost; write {} into it")
 
 
 def _lineage(inventory: Inventory, seen: Seen) -> Iterator[Damage]:
