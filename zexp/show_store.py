@@ -39,13 +39,12 @@ def ls(inventory: Inventory, rows: list[Row], study: str | None) -> None:
         console.print(f"{what} in {inventory.store.root}.", soft_wrap=True)
         return
     wide = console.width >= WIDE
+    one_study = len({tuple(row.studies) for row in rows}) == 1 and not any(row.earlier or row.orphan for row in rows)
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind]
         size = total([row.seen.size for row in of_kind if row.seen is not None])
-        table = Table(
-            title=f"[bold]{kind}[/bold]  {_count(len(of_kind), 'stage')}, {say_bytes(size.disk)}", title_justify="left",
-            title_style="", box=None, pad_edge=False,
-        )  # fmt: skip
+        console.print(f"[bold]{kind}[/bold]  {_count(len(of_kind), 'stage')}, {say_bytes(size.disk)}")
+        table = Table(box=None, pad_edge=False)
         table.add_column("id", no_wrap=True)
         table.add_column("what", overflow="fold", ratio=3)
         if wide:
@@ -57,15 +56,19 @@ def ls(inventory: Inventory, rows: list[Row], study: str | None) -> None:
         for row in of_kind:
             holds, named = row.holds, _named(row)
             what = escape(row.label) or "[dim]?[/dim]"
-            middle = [what, holds, named] if wide else [f"{what}\n[dim]{escape(holds)}; {named}[/dim]" if study is None else f"{what}\n[dim]{escape(holds)}[/dim]"]
+            below = "; ".join(text for text in (holds if holds != "result" else "", "" if one_study else named) if text)
+            middle = [what, holds, named] if wide else [f"{what}\n[dim]{below}[/dim]" if below else what]
             size_text = say_bytes(row.seen.size.disk) if row.seen is not None else "–"
             used = _ago(time.time() - row.seen.used) if row.seen is not None else "–"
             table.add_row(row.id, *middle, row.status, size_text, used, style=STYLE[row.status])
         console.print(table)
+        console.print()
     _list_strays(console, inventory)
     seen = [row.seen.size for row in rows if row.seen is not None]
     orphans = [row for row in rows if row.orphan]
     text = f"{_count(len(rows), 'stage')}, {say_bytes(total(seen).disk)}"
+    if one_study and study is None:
+        text += f", all named by {escape(', '.join(rows[0].studies))}"
     if orphans:
         freed = total([row.seen.size for row in orphans if row.seen is not None]).disk
         text += f"; {len(orphans)} of no study ({say_bytes(freed)}): zexp store gc --orphans"
@@ -79,7 +82,8 @@ def du(store: Store, usage: Usage, study: str | None) -> None:
     console = Console(highlight=False)
     where = f"{study} in {store.root}" if study else str(store.root)
     console.print(f"{where}: {say_bytes(usage.total.disk)} on disk, {say_bytes(usage.total.apparent)} of content.", soft_wrap=True)
-    table = _sizes("by kind", "stages")
+    console.print("\n[bold]by kind[/bold]")
+    table = _sizes("stages")
     for kind, (count, size) in usage.kinds.items():
         _size_row(table, kind, size, str(count))
         if kind == "trajectory":
@@ -89,16 +93,18 @@ def du(store: Store, usage: Usage, study: str | None) -> None:
         _size_row(table, f"{name}/", size, "")
     console.print(table)
     if usage.studies:
-        table = Table(title="by study, with what it is made from", title_justify="left", title_style="bold", box=None, pad_edge=False)
+        console.print("\n[bold]by study, with what it is made from[/bold]")
+        table = Table(box=None, pad_edge=False)
         for name in ("", "disk", "alone", "shared"):
             table.add_column(name, justify="left" if not name else "right", overflow="fold", no_wrap=bool(name))
         for name, (whole, own) in sorted(usage.studies.items(), key=lambda item: -item[1][0].disk):
             table.add_row(escape(name), say_bytes(whole.disk), say_bytes(own.disk), say_bytes(whole.disk - own.disk))
         console.print(table)
-    table = _sizes("what could be freed", None)
+    table = _sizes(None)
     for what, size in usage.freeable.items():
         _size_row(table, what, size, None)
     if usage.freeable:
+        console.print("\n[bold]what could be freed[/bold]")
         console.print(table)
         console.print("zexp store gc says what of it can go now, and why.", style="dim")
 
@@ -131,10 +137,8 @@ def collected(store: Store, decision: gc.Decision, done: gc.Done | None, options
             continue
         size, again = total([drop.size for drop in of_reason]), sum(drop.again for drop in of_reason)
         cost = f", {say_tokens(again)} tokens to train them again" if again else ""
-        table = Table(
-            title=f"[bold]{text}[/bold]  {len(of_reason)}, {say_bytes(size.disk)}{cost}", title_justify="left", title_style="",
-            box=None, pad_edge=False, show_header=False,
-        )  # fmt: skip
+        console.print(f"[bold]{text}[/bold]  {len(of_reason)}, {say_bytes(size.disk)}{cost}", soft_wrap=True)
+        table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(overflow="fold", ratio=1)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
@@ -233,8 +237,8 @@ def _again(options: argparse.Namespace) -> str:
     return " ".join([word for word in words if word] + ["--yes"])
 
 
-def _sizes(title: str, counted: str | None) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+def _sizes(counted: str | None) -> Table:
+    table = Table(box=None, pad_edge=False)
     table.add_column("", overflow="fold")
     for name in ([counted] if counted else []) + ["disk", "content"]:
         table.add_column(name, justify="right", no_wrap=True)

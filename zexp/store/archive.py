@@ -10,6 +10,7 @@ checksum that is listed; nothing is unpacked by tarfile itself.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -117,7 +118,7 @@ def unpack(path: Path, into: Path, on_bytes: Callable[[int], None] | None = None
 
 def _compressed(raw: IO[bytes], path: Path, level: int) -> Any:
     if path.name.endswith(".tar"):
-        return io.BufferedWriter(raw)  # type: ignore[type-var]
+        return contextlib.nullcontext(raw)
     # mtime=0: the same content makes the same archive
     return gzip.GzipFile(filename="", mode="wb", compresslevel=level, fileobj=raw, mtime=0)
 
@@ -170,8 +171,8 @@ def _opened(path: Path) -> tarfile.TarFile:
         return _Stream.open(path, mode="r|*")
     except FileNotFoundError:
         raise ConfigError(f"{path} is not there.") from None
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{path} is no archive that `zexp store export` wrote: {error}.") from error
+    except (StoreError, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConfigError(f"{path} is no archive that `zexp store export` wrote: it is no tar file.") from error
 
 
 class _Stream(tarfile.TarFile):

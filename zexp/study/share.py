@@ -58,6 +58,8 @@ def export(
     archive.check_name(target)
     if target.exists():
         raise ConfigError(f"{target} is there already. Name another file with -o, or move it away.")
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(f"{target}: there is no folder {target.absolute().parent}. Make it first.")
     entries = choose(look, study, states)
     about = {
         "study": study,
