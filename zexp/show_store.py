@@ -37,6 +37,7 @@ def ls(inventory: Inventory, rows: list[Row], study: str | None) -> None:
     if not rows:
         what = "No such stage" if inventory.stages else "No stage"
         console.print(f"{what} in {inventory.store.root}.", soft_wrap=True)
+        _list_strays(console, inventory)
         return
     wide = console.width >= WIDE
     one_study = len({tuple(row.studies) for row in rows}) == 1 and not any(row.earlier or row.orphan for row in rows)
@@ -55,7 +56,7 @@ def ls(inventory: Inventory, rows: list[Row], study: str | None) -> None:
         table.add_column("used", justify="right", no_wrap=True)
         for row in of_kind:
             holds, named = row.holds, _named(row)
-            what = escape(row.label) or "[dim]?[/dim]"
+            what = escape(row.label)
             below = "; ".join(text for text in (holds if holds != "result" else "", "" if one_study else named) if text)
             middle = [what, holds, named] if wide else [f"{what}\n[dim]{below}[/dim]" if below else what]
             size_text = say_bytes(row.seen.size.disk) if row.seen is not None else "–"
@@ -74,7 +75,10 @@ def ls(inventory: Inventory, rows: list[Row], study: str | None) -> None:
         text += f"; {len(orphans)} of no study ({say_bytes(freed)}): zexp store gc --orphans"
     console.print(f"{text}.", soft_wrap=True)
     if any(row.kind == "trajectory" for row in rows):
-        console.print("States by tokens; ~ rolling, there to resume from; weights: without the optimizer.", style="dim")
+        console.print(
+            "States by tokens; ~ rolling, there to resume from; weights: without the optimizer; elsewhere: in another store.",
+            style="dim", soft_wrap=True,
+        )  # fmt: skip
 
 
 def du(store: Store, usage: Usage, study: str | None) -> None:

@@ -143,8 +143,8 @@ def _to_verify(store: Store, inventory: Inventory, what: str | None) -> tuple[li
                 records.append(recorded.read(path, name, current=path == folder))
             except StoreError as error:
                 place = path.relative_to(store.root).as_posix()
-                advice = "run the study again, or take the file from a copy of the store; until then `gc` refuses to work"
-                damages.append(verification.Damage(place, "variants.json", str(error).replace(f"{path}/", ""), advice))
+                problem = str(error).replace(f"{path / recorded.VARIANTS}", "it")
+                damages.append(verification.Damage(place, recorded.VARIANTS, problem, "until then gc, ls and du refuse to work"))
     if what is None:
         return list(inventory.stages), [*damages, *verification.strays(inventory)]
     known = names.studies(store)

@@ -45,7 +45,8 @@ class Seen:
     """A stage's folder. made, used: seconds since 1970; used is its newest attempt, pin, state or result.
 
     parts: sizes by what they are (see _part); leftovers: temporaries and trash by path; set_aside: damaged things by path.
-    failed: its last attempt ended by an exception; keeps_rolling: so many rolling states its last attempt was to keep.
+    failed: its last attempt ended by an exception; keeps_rolling: so many rolling states its last attempt was to keep;
+    called: what the study of that attempt called a trajectory.
     """
 
     folder: StageFolder
@@ -57,6 +58,7 @@ class Seen:
     diverged: dict[str, Any] | None
     failed: bool
     keeps_rolling: int
+    called: str
     pins: tuple[int, ...]
     optimizer_pins: tuple[int, ...]
     parts: Mapping[str, Size]
@@ -175,6 +177,7 @@ def see(store: Store, kind: str, name: str) -> Seen:
     found = sizes.parts(path, _part)
     states = {tokens: _state(folder, tokens, found) for tokens in folder.states()}
     last = folder.last_attempt()
+    request = _request(last)
     pinned = folder.pins()
     return Seen(
         folder=folder,
@@ -185,7 +188,8 @@ def see(store: Store, kind: str, name: str) -> Seen:
         told=folder.reported_result is not None,
         diverged=folder.diverged(),
         failed=last is not None and last.failure() is not None,
-        keeps_rolling=_rolling(last),
+        keeps_rolling=int((request.get("checkpoint") or {}).get("rolling", NEWEST)),
+        called=str((request.get("logger") or {}).get("name") or ""),
         pins=tuple(pinned),
         optimizer_pins=tuple(tokens for tokens in pinned if folder.keeps_optimizer(tokens)),
         parts=found,
@@ -220,12 +224,11 @@ def _state(folder: StageFolder, tokens: int, found: Mapping[str, Size]) -> SeenS
     )
 
 
-def _rolling(last: AttemptRecord | None) -> int:
+def _request(last: AttemptRecord | None) -> dict[str, Any]:
     try:
-        request = {} if last is None else last.request()
-    except FileNotFoundError:
-        request = {}
-    return int((request.get("checkpoint") or {}).get("rolling", NEWEST))
+        return {} if last is None else last.request()
+    except (FileNotFoundError, StoreError):
+        return {}  # a hint, for who has no record of the study
 
 
 def _part(names: tuple[str, ...]) -> str:

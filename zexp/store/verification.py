@@ -6,6 +6,7 @@ like damage are looked at again: a state that retention took away, and an optimi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from zexp.store import files, trash
 from zexp.store.attempt import Attempt
 from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder
-from zexp.store.ids import semantic_id
+from zexp.store.ids import SHORT, semantic_id
 from zexp.store.inventory import Inventory, Seen
 from zexp.store.lease import acquire
 
@@ -33,6 +34,7 @@ class Damage:
         return {"stage": self.stage, "place": self.place, "problem": self.problem, "advice": self.advice}
 
 
+_NAME = re.compile(rf"[0-9a-f]{{{SHORT}}}")
 AGAIN = "zexp store verify --set-aside moves it away; the next run makes it again"
 
 
@@ -61,17 +63,15 @@ def check(
 
 
 def strays(inventory: Inventory) -> Iterator[Damage]:
-    """Folders among the stages that are none."""
+    """Folders among the stages that are none. (Not one whose making was cut off, or goes on: a run completes it.)"""
     for stray in inventory.strays:
         key = f"{stray.path.parent.name}/{stray.path.name}"
         begun = [*stray.path.glob("states/*"), *stray.path.glob("result")]
         if begun:
             advice = "put its config.yaml back (a copy of the store has it), or move the folder out of the store: it is made again"
-            yield Damage(key, "config.yaml", stray.problem, advice)
-        elif stray.problem.startswith("its name"):
+            yield Damage(key, "config.yaml", stray.problem.replace(f"{stray.path}/", ""), advice)
+        elif not _NAME.fullmatch(stray.path.name):
             yield Damage(key, "", stray.problem, "move it out of the store if it is yours; nothing reads it")
-        else:
-            yield Damage(key, "config.yaml", stray.problem, "it has published nothing: delete the folder, a run makes it anew")
 
 
 def set_aside(folder: StageFolder, place: str) -> bool:

@@ -22,7 +22,7 @@ SHOWN_STATES, SHOWN_LABELS = 4, 3
 class Row:
     """One stage of a store, or one that a study names and the store lacks (seen is None).
 
-    labels: what the studies call it; studies: whose current revision names it; earlier: whose earlier one does;
+    labels: what the studies call it, else what can be told from the folder; studies: whose current revision names it; earlier: whose earlier one does;
     below: it is named by no study, and something that one names is made from it.
     """
 
@@ -58,19 +58,14 @@ class Row:
         if seen is None:
             return ""
         if seen.folder.kind != "trajectory":
-            return "result" if seen.result else "told by an archive" if seen.told else "no result"
+            return "result" if seen.result else "result elsewhere" if seen.told else "no result"
         words = [
             ("~" if state.rolling else "") + say_tokens(tokens) + ("" if state.trainable else " weights")
             for tokens, state in sorted(seen.states.items())
         ]
-        if len(words) > SHOWN_STATES:
-            words = [f"{len(words)} states:", *words[:1], "…", *words[1 - SHOWN_STATES :]]
-            text = f"{words[0]} {', '.join(words[1:])}"
-        else:
-            text = ", ".join(words)
-        if seen.elsewhere:
-            told = f"{len(seen.elsewhere)} told by an archive"
-            text = f"{text}, {told}" if text else told
+        text = _some(words, "states")
+        elsewhere = _some([say_tokens(tokens) for tokens in seen.elsewhere], "states")
+        text = "; ".join([*([text] if text else []), *([f"{elsewhere} elsewhere"] if elsewhere else [])])
         return text or "no state"
 
     def to_json(self) -> dict[str, Any]:
@@ -90,7 +85,7 @@ class Row:
             ]
             if seen is not None
             else [],
-            "told_by_an_archive": list(seen.elsewhere) if seen is not None else [],
+            "elsewhere": list(seen.elsewhere) if seen is not None else [],
             "bytes": (seen.size if seen is not None else Size()).to_json(),
             "made": seen.made if seen is not None else None,
             "used": seen.used if seen is not None else None,
@@ -122,12 +117,33 @@ def rows(inventory: Inventory, records: list[Record], study: str | None = None, 
         row.below = key in below and not row.studies and not row.earlier
         row.earlier = [name for name in row.earlier if name not in row.studies]
         row.status = _status(row.seen, cuts.get(key, set()))
+        if not row.labels and row.seen is not None:
+            row.labels.append(_told(inventory, row.seen))
     wanted = [
         row
         for row in made.values()
         if (study is None or study in row.studies or study in row.earlier) and (kind is None or row.kind == kind)
     ]
     return sorted(wanted, key=lambda row: (KINDS.index(row.kind), row.orphan, row.labels, row.id))
+
+
+def _told(inventory: Inventory, seen: Seen) -> str:
+    """What a stage is that no study names, from its semantic block and its last attempt."""
+    kind, semantic = seen.folder.kind, seen.semantic
+    if kind == "trajectory":
+        parent = semantic.get("parent")
+        return seen.called or (f"goes on from {parent['id'][:16]}@{parent['tokens']}" if parent else "pretraining")
+    if kind == "eval":
+        state, task = semantic.get("state") or {}, semantic.get("task")
+        trained = inventory.stages.get(f"trajectory/{str(state.get('id'))[:16]}")
+        model = (trained.called if trained is not None else "") or str(state.get("id"))[:16]
+        return f"{model} {task.get('name') if isinstance(task, dict) else task}"
+    if kind == "tasks":
+        return f"tasks {semantic.get('task')}"
+    if kind == "corpus":
+        source = semantic.get("source") or {}
+        return f"corpus {source.get('kind', '')} {source.get('view') or source.get('path') or ''}".strip()
+    return f"{kind}, {semantic['seq_len']} a sequence" if "seq_len" in semantic else kind
 
 
 def _status(seen: Seen | None, cuts: set[int]) -> str:
@@ -146,6 +162,12 @@ def _status(seen: Seen | None, cuts: set[int]) -> str:
     if seen.diverged is not None:
         return "diverged"
     return "failed" if seen.failed else "missing"
+
+
+def _some(words: list[str], what: str) -> str:
+    if len(words) <= SHOWN_STATES:
+        return ", ".join(words)
+    return f"{len(words)} {what}: {words[0]}, … {', '.join(words[1 - SHOWN_STATES :])}"
 
 
 @dataclass

@@ -19,6 +19,7 @@ from zexp.study import plan as plans
 from zexp.study.record import VARIANTS
 
 _STAGE = {"id", "kind", "folder", "parents", "variants", "from", "to", "tokens"}
+_ADVICE = "Run the study again, or take the file from a copy of the store."
 _ROW = {"name", "segments", "evals"}
 
 
@@ -74,10 +75,12 @@ def read(folder: Path, name: str, *, current: bool) -> Record:
     try:
         listed = files.read_json(path)
     except FileNotFoundError:
-        raise StoreError(f"{path} is missing.") from None
+        raise StoreError(f"{path} is missing. {_ADVICE}") from None
+    except StoreError as error:
+        raise StoreError(f"{error} {_ADVICE}") from None
     problem = _problem(listed)
     if problem is not None:
-        raise StoreError(f"{path} is no record of a study: {problem}.")
+        raise StoreError(f"{path} is no record of a study: {problem}. {_ADVICE}")
     return Record(name, int(listed["study"].get("revision") or 1), current, listed)
 
 
