@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def completed(words: list[str]) -> list[str]:
         offered = ["none", "ends", "all"]
     elif begun.startswith("-"):
         offered = [option for option in _options(before[0]) if option not in before]
-    elif before[0] in _WITH_STUDY and len([word for word in before if not word.startswith("-")]) == 1:
+    elif before[0] in _WITH_STUDY and before[-1] not in _with_value(before[0]) and not _places(before):
         from zexp.study import names
 
         offered = names.studies(Store(Path(os.environ.get("ZEXP_STORE", "store"))))
@@ -71,6 +72,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _options(part: str) -> list[str]:
     return [flag for flags, _ in _ARGUMENTS.get(part, []) for flag in flags if flag.startswith("--")] + ["--json", "--store"]
+
+
+def _with_value(part: str) -> set[str]:
+    found = {flag for flags, settings in _ARGUMENTS.get(part, []) for flag in flags if settings.get("action") != "store_true"}
+    return {flag for flag in found if flag.startswith("-")} | {"--store"}
+
+
+def _places(words: list[str]) -> list[str]:
+    """Of a part and its words those that are neither options nor their values."""
+    valued = _with_value(words[0])
+    return [word for one, word in pairwise(words) if not word.startswith("-") and one not in valued]
 
 
 def _ls(store: Store, options: argparse.Namespace) -> int:
