@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -183,3 +184,12 @@ def test_no_part_imports_torch_or_hydras_app(store):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=store.root.parent, check=True, capture_output=True, text=True)
     assert done.stdout.endswith("[]\n"), done.stdout
+
+
+def test_the_page_names_parts_and_options_that_there_are():
+    from zexp import store_verb
+
+    page = (Path(__file__).parent.parent / "docs/store.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"zexp store ([a-z]+)", page)) == set(store_verb.PARTS)
+    known = {option for part in store_verb.PARTS for option in store_verb._options(part)} | {"--yes"}
+    assert set(re.findall(r"--[a-z-]+", page)) <= known

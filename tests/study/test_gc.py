@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,6 +134,17 @@ def work(store: Store, variants: list[Variant]) -> dict[str, int]:
 
 
 MEMBERS = st.lists(st.sampled_from(sorted(POOL)), min_size=1, max_size=4, unique=True)
+def ancestors(store: Store, records: list[recorded.Record]) -> dict[tuple[str, int], int]:
+    """(trajectory, tokens) of each named state from which nobody can train -> the state before it from which somebody can."""
+    stages, found = inventory.look(store).stages, {}
+    for stage in (stage for one in records for stage in one.listed["stages"] if stage["kind"] == "segment"):
+        seen = stages.get(stage["folder"])
+        trainable = [] if seen is None else [t for t, state in seen.states.items() if state.trainable]
+        if stage["to"] not in trainable:
+            found[stage["folder"], stage["to"]] = max((t for t in trainable if t < stage["to"]), default=0)
+    return found
+
+
 STUDIES = st.dictionaries(st.sampled_from("abc"), MEMBERS, min_size=1)
 
 
@@ -160,8 +172,11 @@ def test_no_study_has_more_to_train_after_gc_than_before(pool, studies, removed,
             trash.delete(store.study(name))
         left = {name: [pool[m] for m in members] for name, members in studies.items() if name not in removed}
         before = {name: work(store, variants) for name, variants in left.items()}
+        near = ancestors(store, recorded.records(store, options.revisions))
         collect(store, options)
         assert {name: work(store, variants) for name, variants in left.items()} == before
+        after = ancestors(store, recorded.records(store, options.revisions))
+        assert near.items() <= after.items(), "the last ancestor of a named state stays"
         for name in left:  # and nothing that is left has lost what it is made from
             look = inventory.look(store)
             assert not look.strays
@@ -286,6 +301,25 @@ def test_a_study_that_is_recorded_while_gc_works_gets_back_what_it_wants(pool):
         assert done.restored and work(store, [pool["short"]]) == {}
         assert set(inventory.look(store).stages) == recorded.records(store)[0].folders
         assert not inventory.look(store).leftovers
+
+
+def test_a_run_that_begins_while_gc_works_finds_later_what_it_saw_at_its_last_look(pool):
+    """Threads of one process: the files are what they share. What a run saw as done after its record and its pins stood
+    may be away for a moment, and is there at the end."""
+    for round_ in range(12):
+        with empty_store() as store:
+            finish(store, write_down(store, "b", [pool["control"], pool["short"]]), all_done)
+            trash.delete(store.study("b"))
+            thread = threading.Thread(target=collect, args=(store, ORPHANS))
+            thread.start()
+            time.sleep(0.003 * round_)
+            plan = write_down(store, "c", [pool["control"]])
+            if plans.mark(plan, store):
+                execute._create(plan, store)
+            saw = {stage.id: stage.to_train for stage in plan.to_do}
+            thread.join()
+            finds = work(store, [pool["control"]])
+            assert finds.keys() <= saw.keys() and all(finds[id] <= saw[id] for id in finds), round_
 
 
 def test_what_was_recorded_by_hand_wrongly_stops_gc(pool):

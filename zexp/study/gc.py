@@ -2,8 +2,8 @@
 
 Kept, whatever else is asked for:
 - what a study names (its current revision or one that counts) and all that is made from, down to the tokenizer;
-- states: cuts and forks of studies, pinned ones, the ladder, the newest two rolling ones, the state that an unfinished
-  stage would be resumed from; parts that training reads of these;
+- states: cuts and forks of studies, pinned ones, the ladder, the newest two rolling ones, the nearest state that a named
+  one which is not there would be trained again from; parts that training reads of these;
 - what is younger than an hour, what a live process holds, and what either is made from.
 
 No rule is trusted alone: the plans of all studies must ask for the same work with what is to go as without it.
@@ -234,7 +234,7 @@ class _Decider:
         backed = cuts | {tokens for (stage, tokens) in self.read if stage == key}
         pins = {tokens for tokens in seen.pins if tokens in backed or not self.options.orphans}
         whole = {tokens for (stage, tokens) in asked.whole if stage == key}
-        keep = backed | pins | whole
+        keep = backed | pins | whole | self._ancestors(seen, cuts, whole)
         rolling = [tokens for tokens, state in seen.states.items() if state.rolling]
         reasons: dict[int, str] = dict.fromkeys(superfluous(rolling, keep, newest=seen.keeps_rolling), ROLLING)
         for tokens, state in seen.states.items():
@@ -265,6 +265,12 @@ class _Decider:
             base = _before(trainable, tokens, seen.start)
             last[base] = max(last.get(base, 0), tokens - base)
         return sum(last.values())
+
+    def _ancestors(self, seen: Seen, cuts: set[int], whole: set[int]) -> set[int]:
+        """Of each named state that is not there, or will be weights only, the one that it would be trained again from."""
+        trainable = [t for t, s in seen.states.items() if s.trainable and not self._may_lose_optimizer(seen, s, whole)]
+        found = {_before(trainable, tokens, -1) for tokens in cuts if tokens not in trainable}
+        return found - {-1}
 
     def _may_lose_optimizer(self, seen: Seen, state: SeenState, whole: set[int]) -> bool:
         """retention.drop_optimizer's rule for an end that is scored."""
