@@ -21,6 +21,7 @@ zexp: which hybrid language model, and which annealing recipe? Studies as trees 
   zexp cancel STUDY|STAGE       stop its jobs and processes; running trainings write a state first
   zexp export RUN --hf DIR      a trained model as transformers loads it (--safetensors DIR: any model)
   zexp sample RUN "prompt"      text that a trained model writes
+  zexp store ls|du|verify|gc|rm|export|import   what the store holds: to see, check, thin out, carry elsewhere
   zexp init DIR                 a small folder of your own: an architecture, a mix over local text, a study
 
 Overrides are Hydra's:      zexp run arch=zamba2_tiny anneal=replay60
@@ -35,7 +36,7 @@ HYDRA_VERBS = ("run", "plan", "calc")
 # Verb -> the module that has a function of its name.
 MODULES = {
     "status": "running", "logs": "running", "cancel": "running",
-    "report": "verbs", "export": "verbs", "sample": "verbs", "init": "verbs",
+    "report": "verbs", "export": "verbs", "sample": "verbs", "init": "verbs", "store": "store_verb",
 }  # fmt: skip
 OTHER_VERBS = tuple(MODULES)
 
@@ -90,6 +91,8 @@ def _verbs_completed(words: list[str]) -> list[str] | None:
         from zexp import verbs
 
         return verbs.runs(parts[2])
+    if parts[1] in MODULES:
+        return list(importlib.import_module(MODULES[parts[1]]).completed(parts[2:]))
     return [] if parts[1] in OTHER_VERBS else None
 
 

@@ -183,7 +183,7 @@ class _Maker:
             ]
         semantic = {
             "parent": None if parent is None else {"id": parent["full"], "tokens": start},
-            "lr": pieces, "arch": arch, "seeds": seeds,
+            "lr": pieces, "arch": arch, "seeds": seeds, "optimizer_state": "carry",
         }  # fmt: skip
         threads = self.study.threads.get(variant, 1)
 

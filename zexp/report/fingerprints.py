@@ -31,11 +31,10 @@ class Fingerprints:
         found: set[str] = set()
         for stage in chain:
             folder = folder_of(store, stage)
-            states = [tokens for tokens in folder.states() if stage.to is None or tokens <= stage.to]
-            state = folder.state(states[-1]) if states else None
-            if state is None:
+            states = [path for tokens, path in folder.reported().items() if stage.to is None or tokens <= stage.to]
+            if not states:
                 continue
-            facts = read_json(state / "state.json")
+            facts = read_json(states[-1] / "state.json")
             self.details.update(facts["fingerprint_details"])
             found |= {interval["fingerprint"] for interval in facts["fingerprints"]}
         return found

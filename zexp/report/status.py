@@ -1,6 +1,7 @@
 """What became of a stage, derived from its folder: nothing in the store says "failed" or "skipped" twice.
 
-done       its result or state is in its place, or a later state of the same trajectory is (the earlier one was dropped)
+done       its result or state is in its place, or a later state of the same trajectory is (the earlier one was dropped);
+           or the archive that this store's folder came with says so of the store where it was made
 diverged   its trajectory ended before the stage's tokens by diverging
 failed     its last attempt left failure.json
 skipped    something that it depends on failed or diverged
@@ -86,9 +87,9 @@ def _look(store: Store, stage: Stage, parents: Sequence[Stage]) -> None:
 
 def _is_done(folder: StageFolder, stage: Stage) -> bool:
     if stage.kind != "segment":
-        return folder.result is not None
+        return folder.reported_result is not None
     assert stage.to is not None
-    return any(tokens >= stage.to for tokens in folder.states())
+    return any(tokens >= stage.to for tokens in folder.reported())
 
 
 def _past(status: str) -> str:

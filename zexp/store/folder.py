@@ -3,6 +3,8 @@
     root/<kind>/<hash16>/   config.yaml  provenance.json  result/ | states/<tokens>/  attempts/<n>/  lease.<n>
     root/studies/<name>/    root/cache/
 
+A folder that came with an archive may have elsewhere/ besides: manifests and facts of what is published in another store.
+
 Store and StageFolder only look. What writes below a stage's folder is an Attempt (attempt.py), but for
 config.yaml, provenance.json and the pins, which are the same whoever writes them.
 """
@@ -186,11 +188,29 @@ class StageFolder:
 
     def states(self) -> list[int]:
         """The token counts of all published states, ascending."""
-        try:
-            names = os.listdir(self.path / "states")
-        except FileNotFoundError:
-            return []
-        return sorted(int(name) for name in names if _NUMBER.fullmatch(name) and self.state(int(name)))
+        return [tokens for tokens in _numbers(self.path / "states") if self.state(tokens)]
+
+    @property
+    def elsewhere(self) -> Path:
+        """What an archive told of results and states that it did not carry: elsewhere/<place>/manifest.json, state.json.
+
+        Never in the place of the thing itself: nothing can be trained from it or scored, and a run makes it again.
+        """
+        return self.path / "elsewhere"
+
+    def reported(self) -> dict[int, Path]:
+        """Token count -> folder with the manifest and state.json, of all states that were made here or elsewhere, ascending."""
+        found = {tokens: path for tokens in _numbers(self.elsewhere / "states") if (path := self._told(f"states/{tokens}"))}
+        found |= {tokens: path for tokens in self.states() if (path := self.state(tokens))}
+        return dict(sorted(found.items()))
+
+    @property
+    def reported_result(self) -> Path | None:
+        """The published result here, or what an archive told of it; None if neither is there."""
+        return self.result or self._told("result")
+
+    def _told(self, place: str) -> Path | None:
+        return _published(self.elsewhere / place)
 
     def diverged(self) -> dict[str, Any] | None:
         """{tokens, reason} if this trajectory ended by diverging."""
@@ -213,11 +233,7 @@ class StageFolder:
         return (self.path / "pins" / f"{tokens}.{OPTIMIZER}").exists()
 
     def pins(self) -> list[int]:
-        try:
-            names = os.listdir(self.path / "pins")
-        except FileNotFoundError:
-            return []
-        return sorted(int(name) for name in names if _NUMBER.fullmatch(name))
+        return _numbers(self.path / "pins")
 
     def verify(self, path: Path, *, contents: bool = True) -> None:
         """Check a published folder (self.result, self.state(…)) against its manifest's checksums.
@@ -250,12 +266,7 @@ class StageFolder:
 
     def attempts(self) -> list[AttemptRecord]:
         """What attempts left behind, oldest first."""
-        try:
-            names = os.listdir(self.path / "attempts")
-        except FileNotFoundError:
-            return []
-        numbers = sorted(int(name) for name in names if _NUMBER.fullmatch(name))
-        return [AttemptRecord(self.path / "attempts" / str(n), n) for n in numbers]
+        return [AttemptRecord(self.path / "attempts" / str(n), n) for n in _numbers(self.path / "attempts")]
 
     def last_attempt(self) -> AttemptRecord | None:
         attempts = self.attempts()
@@ -274,6 +285,15 @@ class StageFolder:
         except FileNotFoundError:
             return None
         return {**seen.facts, "n": seen.n, "silent_seconds": max(0.0, time.time() - beat)}
+
+
+def _numbers(folder: Path) -> list[int]:
+    """The names in a folder that are numbers, ascending; none if it is not there."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if _NUMBER.fullmatch(name))
 
 
 def _published(path: Path) -> Path | None:

@@ -119,6 +119,11 @@ def take(folder: Path, times: LeaseTimes, *, gone: Callable[[Path], bool] = lamb
     return _create(folder, n + 1, times)
 
 
+def leave_released(folder: Path, n: int) -> None:
+    """Write lease n, released, so that the next one taken is n + 1: for attempts that were made in another store."""
+    _put(folder / f"lease.{n}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, _record(this_process(), 0, released=True))
+
+
 class Lease:
     """Lease n of a folder, taken by acquire() or take(). Beats from start() to release(), in one process."""
 

@@ -17,10 +17,11 @@ from zexp.store import files
 from zexp.store.attempt import Attempt
 from zexp.store.folder import OPTIMIZER, StageFolder
 
+NEWEST = 2  # rolling states that stay unless a request says another number
 _TRASH = "trash-"
 
 
-def superfluous(rolling: Collection[int], named: Collection[int], *, newest: int = 2) -> list[int]:
+def superfluous(rolling: Collection[int], named: Collection[int], *, newest: int = NEWEST) -> list[int]:
     """Of the rolling states' token counts those that nobody needs, ascending.
 
     The newest ones stay even where they are named as well, so naming never costs a fallback.
@@ -41,7 +42,7 @@ def rolling_states(folder: StageFolder) -> list[int]:
     return found
 
 
-def prune(attempt: Attempt, keep: Collection[int], *, newest: int = 2) -> list[int]:
+def prune(attempt: Attempt, keep: Collection[int], *, newest: int = NEWEST) -> list[int]:
     """Delete the superfluous rolling states of the attempt's trajectory. Returns their token counts.
 
     keep: token counts that this request names; the folder's pins are added. Raises LeaseLost.

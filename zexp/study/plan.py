@@ -515,7 +515,7 @@ def _mark_needed(plan: Plan) -> None:
             if stage.resume_from is None or plan.stages[parent].kind != "segment":
                 need(parent, with_optimizer=plan.goes_on(stage, parent))
 
-    for variant in plan.variants:
-        wanted = [*plan.evals[variant.name].values(), *plan.pretrained_evals[variant.name].values()]
-        for id in wanted or [plan.segments[variant.name][-1]]:
+    for name, segments in plan.segments.items():
+        wanted = [*plan.evals[name].values(), *plan.pretrained_evals[name].values()]
+        for id in wanted or [segments[-1]]:
             need(id)

@@ -84,6 +84,7 @@ def _variants(plan: Plan, store: Store) -> list[dict[str, Any]]:
             "segments": plan.segments[variant.name],
             "evals": plan.evals[variant.name],
             "overrides": variant.overrides,
+            "keep_ends": variant.run.checkpoint.keep.ends,
             "anneal_seed": _anneal_seed(variant),
             "ledger": ledger_of(variant, bins_known(plan, variant, store)).to_json(),
         }
