@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # so that slots find these handlers, wherever zexp is installed
-    monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.setattr(machine, "core_numbers", lambda: [0, 1, 2, 3])
     return Tree(tmp_path / "a store's folder")
 
 
@@ -245,7 +245,7 @@ import sys
 from pathlib import Path
 from tests.study.launch.tree import Tree, statuses
 from zexp.study.launch import machine
-machine.cores = lambda: 2
+machine.core_numbers = lambda: [0, 1]
 tree = Tree(Path(sys.argv[1]))
 tree.add("a", act=sys.argv[2], seconds=60)
 tree.add("b", "a")

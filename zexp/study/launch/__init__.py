@@ -21,6 +21,7 @@ def launch(
     study: str = "run",
     gate: Mapping[str, Any] | None = None,
     detach: bool = False,
+    failed: int = 0,
 ) -> dict[str, Outcome]:
     """Run the stages, parents first, and answer how each ended, by stage id.
 
@@ -30,6 +31,7 @@ def launch(
 
     local: after Ctrl-C or SIGTERM running stages write a state, and everything unfinished is `interrupted`.
     slurm: Ctrl-C ends the watching, the jobs go on, and everything unfinished is `submitted`; with detach at once.
+    failed: how many stages of the study have failed before, for max_failures.
     study: whose stages these are; gate: what zexp.study.gate asks before a training, where nobody stays that could.
     """
     options.check()
@@ -43,4 +45,4 @@ def launch(
     from zexp.study.launch.local import LocalLaunch
 
     assert isinstance(options, LocalOptions)
-    return LocalLaunch(stages, store, options, on_event).run()
+    return LocalLaunch(stages, store, options, on_event, failed).run()

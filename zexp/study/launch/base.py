@@ -27,6 +27,10 @@ class Stage:
     label: str = ""  # what a person calls it
     cost: float = 0.0  # estimated seconds on one slot; 0 = unknown
 
+    @property
+    def threads(self) -> int:
+        return int(self.request.get("threads", 1))
+
     def full_request(self) -> dict[str, Any]:
         """The request as its handler gets it."""
         return {**self.request, "stage": self.id, "kind": self.kind, "folder": self.folder}
@@ -47,7 +51,7 @@ class Outcome:
 class Event:
     """Something that a display may want to show.
 
-    started, waiting (another process holds the stage's lease), retry and finished name a stage; started and finished
+    started, waiting (another process has the stage in hand), retry and finished name a stage; started and finished
     its attempt's folder; finished its outcome. slot and stopping carry a sentence. tick comes twice a second.
     """
 
@@ -56,6 +60,11 @@ class Event:
     attempt: Path | None = None
     outcome: Outcome | None = None
     text: str = ""
+
+
+def stopped_after(failures: int) -> str:
+    """Why a stage is skipped that needs no failed one."""
+    return f"stopped after {failures} failure{'s' * (failures != 1)} (hydra.launcher.max_failures)"
 
 
 OnEvent = Callable[[Event], None]

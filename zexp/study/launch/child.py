@@ -24,10 +24,12 @@ def run_job(job: dict[str, Any], lifeline: int, report: int) -> NoReturn:
     """Run the job's requests and end the process. With one request the exit code says how it ended (EXIT_CODES);
     with several it is that of the last one that is not done.
 
-    job: {store, requests, handlers, grace_seconds}. Nothing of the server runs on the way out: no atexit, no finally.
+    job: {store, requests, handlers, grace_seconds, devices: CUDA_VISIBLE_DEVICES}. Nothing of the server runs on the way
+    out: no atexit, no finally.
     """
     code = EXIT_CODES["failed"]
     try:
+        os.environ["CUDA_VISIBLE_DEVICES"] = job["devices"]  # read when CUDA is first used
         faulthandler.enable(file=2)  # a number: follows the redirection to the stage's log
         threading.Thread(target=_watch, args=(lifeline, job["grace_seconds"]), daemon=True).start()
         code = _run(job, report)
@@ -87,7 +89,10 @@ def main() -> NoReturn:
         if not got:
             os._exit(EXIT_CODES["failed"])
         line += got
-    run_job(json.loads(line), lifeline, report)
+    job = json.loads(line)
+    for number in (lifeline, report, *job["lease"]):  # kept open by this process, not by programs that a stage starts
+        os.set_inheritable(number, False)
+    run_job(job, lifeline, report)
 
 
 if __name__ == "__main__":
