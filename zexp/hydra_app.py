@@ -29,6 +29,7 @@ from zexp.config.errors import ConfigError
 from zexp.config.places import conf_dir, user_conf_dir
 from zexp.config.schema import Run
 from zexp.study import execute, show, show_calc
+from zexp.study.launch import driver
 from zexp.study.resolve import Composed
 from zexp.study.variants import GROUPS
 
@@ -136,7 +137,7 @@ def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
     if _Verb.name == "calc":
         _Verb.exit_code = show_calc.calc(variants, _Verb.budget, as_json=_Verb.json)
         return execute.completed(variants)
-    request = execute.Request(dict(launcher), Path.cwd())
+    request = execute.Request(dict(launcher), Path.cwd(), tuple(sys.argv[1:]))
     if _Verb.name == "plan":
         plan, study, store, _ = execute.planned(variants, request)
         show.plan(plan, study, store, as_json=_Verb.json)
@@ -144,7 +145,9 @@ def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
     from zexp.finish import finish
 
     acted = execute.act(variants, request)
-    _Verb.exit_code = max(_Verb.exit_code, finish(acted, seconds=time.monotonic() - _Verb.started))
+    code = finish(acted, seconds=time.monotonic() - _Verb.started)
+    _Verb.exit_code = max(_Verb.exit_code, code)
+    driver.ended(acted.store, acted.study["name"], exit_code=code)
     return acted.job_returns
 
 

@@ -22,14 +22,18 @@ def run_stages(
 ) -> dict[str, base.Outcome]:
     """Run the stages, parents first; how each ended. before: outcomes of an earlier part of the plan, whose failures
     skip what depends on them here."""
+    failed = sum(outcome.status == "failed" for outcome in (before or {}).values())
+    if options.max_failures is not None and failed >= options.max_failures:
+        why = base.stopped_after(failed)
+        return {stage.id: base.Outcome(status="skipped", error=why) for stage in stages}
     lost = {id for id, outcome in (before or {}).items() if outcome.status != "done"}
     skipped: dict[str, base.Outcome] = {}
     launched = []
     for stage in stages:
-        failed = next((parent for parent in stage.parents if parent in lost), None)
+        above = next((parent for parent in stage.parents if parent in lost), None)
         diverged = stage.diverged is not None and not stage.request.get("retry_diverged")
-        if failed is not None:
-            skipped[stage.id] = base.Outcome(status="skipped", error=f"stage {failed} did not end well.")
+        if above is not None:
+            skipped[stage.id] = base.Outcome(status="skipped", error=f"stage {above} did not end well.")
             lost.add(stage.id)
         elif diverged:
             assert stage.diverged is not None
@@ -39,7 +43,7 @@ def run_stages(
         else:
             launched.append(to_launch(stage))
     with progress.Progress(launched) as on_event:
-        return {**skipped, **launch(launched, store, options, on_event)}
+        return {**skipped, **launch(launched, store, options, on_event, failed=failed)}
 
 
 def to_launch(stage: plans.Stage) -> base.Stage:

@@ -17,6 +17,7 @@ from zexp.store import retention
 from zexp.store.folder import Store
 from zexp.study import plan as plans
 from zexp.study import record
+from zexp.study.launch import detach, driver
 from zexp.study.resolve import Composed, Resolver, Variant
 from zexp.study.variants import study_name
 
@@ -30,10 +31,12 @@ DATA_KINDS = ("tokenizer", "corpus", "packing", "tasks")
 
 @dataclass(frozen=True)
 class Request:
-    """Where and how. launcher: the node hydra.launcher; directory: what relative paths are relative to."""
+    """Where and how. launcher: the node hydra.launcher; directory: what relative paths are relative to; words: of the
+    command line, behind the verb."""
 
     launcher: dict[str, Any]
     directory: Path
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class StageFailed(RuntimeError):
 
 
 def act(composed: list[Composed], request: Request) -> Acted:
-    """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong."""
+    """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong.
+
+    With `detach` and the local launcher another process runs it, and every stage is `submitted`.
+    """
     plan, study, store, variants = planned(composed, request)
     options = _options(request, plan) if plan.to_do else None
     change = record.record(study["name"], study, plan, store)
@@ -66,7 +72,12 @@ def act(composed: list[Composed], request: Request) -> Acted:
     if plans.mark(plan, store):  # another study may have changed the store before our pins stood
         options = _options(request, plan) if plan.to_do else None
         _create(plan, store)
-    outcomes = _run(plan, store, options) if options is not None else {}
+    outcomes: dict[str, Any] = {}
+    if options is not None and options.backend == "local" and _detach(composed):
+        outcomes = _in_background(plan, study["name"], store, request, unchanged=change.none)
+    elif options is not None:
+        with driver.driving(store, study["name"], ["run", *request.words]):
+            outcomes = _run(plan, store, options)
     _drop_optimizers(plan, store)
     return Acted(_job_returns(composed, variants, plan, study, store), plan, study, store, outcomes)
 
@@ -100,7 +111,7 @@ def _study(composed: list[Composed], variants: list[Variant]) -> dict[str, Any]:
         said["name"] = composed[0].choices.get("sweeps")
     ends = [segment.id for variant in variants for segment in variant.chain.segments]
     digest = hashlib.sha256("\n".join(ends).encode()).hexdigest()
-    typed = sorted({text for one in composed for text in one.overrides}) if len(composed) == 1 else []
+    typed = sorted({word for one in composed for word in one.overrides if not detach.is_key(word)}) if len(composed) == 1 else []
     axes = sorted({key for one in composed for key in one.axes})
     said["name"] = study_name(said, typed or axes, digest)
     return said
@@ -159,12 +170,35 @@ def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
 
 def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
     """The launcher's options, checked, with what the stages ask of this machine, before anything is written."""
-    from zexp.study.launch import machine, options_of
+    from zexp.study.launch import check_machine, options_of
 
     options = options_of(request.launcher)
-    if options.backend == "local" and any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():
-        raise machine.no_gpu()
+    check_machine([stage.request for stage in plan.to_do], options)
     return options
+
+
+def _detach(composed: list[Composed]) -> bool:
+    """The command is to return at once. Raises ConfigError where what comes next depends on results."""
+    if not any(one.config.detach for one in composed):
+        return False
+    sweeper = composed[0].choices.get("hydra/sweeper")
+    if sweeper not in (None, "zexp", "basic"):
+        raise ConfigError(f"detach = true: hydra/sweeper={sweeper} waits for results to choose what it runs next. Leave it out.")
+    return True
+
+
+def _in_background(plan: plans.Plan, name: str, store: Store, request: Request, *, unchanged: bool) -> dict[str, Any]:
+    """Start a process that runs the study, unless one does already; every stage is submitted."""
+    from zexp.study.launch import Outcome
+
+    found = driver.running(store, name) if unchanged else None
+    if found is not None:
+        print(f"{name} runs already, since {found['time']}: process {found['pid']} on {found['host']}. Nothing was started.")
+        if not driver.is_here(found):
+            print(f"If that one is gone, with its machine: rm {store.study(name)}/driver*.json")
+    else:
+        print(detach.how_to_come_back(store, name, detach.start(store, name, request.words, request.directory)))
+    return {stage.id: Outcome(status="submitted") for stage in plan.to_do}
 
 
 def _run(plan: plans.Plan, store: Store, options: LauncherOptions) -> dict[str, Any]:

@@ -7,9 +7,18 @@ from typing import Any
 
 from zexp.store.folder import Store
 from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, ignore
+from zexp.study.launch.capacity import capacity
 from zexp.study.launch.options import LauncherOptions, LocalOptions, options_of
+from zexp.study.launch.pool import folder as slots_folder
 
-__all__ = ["Event", "LauncherOptions", "LocalOptions", "Outcome", "Stage", "launch", "options_of"]
+__all__ = ["Event", "LauncherOptions", "LocalOptions", "Outcome", "Stage", "check_machine", "launch", "options_of"]
+
+
+def check_machine(requests: Sequence[Mapping[str, Any]], options: LauncherOptions) -> None:
+    """Raise ConfigError if this machine cannot run stages with these requests; starts nothing."""
+    if isinstance(options, LocalOptions):
+        capacity(requests, options)
+        slots_folder()
 
 
 def launch(

@@ -13,10 +13,14 @@ _SITE = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
 
 
 def of_stages(threads: int, code: Path | None = None) -> dict[str, str]:
-    """Numbers of threads, and this zexp instead of another installed one. code: a folder that holds zexp instead."""
-    env = {name: str(threads) for name in machine.THREAD_VARIABLES}
+    """Numbers of threads, and what of_python() says."""
+    return {**dict.fromkeys(machine.THREAD_VARIABLES, str(threads)), **of_python(code)}
+
+
+def of_python(code: Path | None = None) -> dict[str, str]:
+    """This zexp instead of another installed one. code: a folder that holds zexp instead."""
     # The working directory is the user's: a file types.py in it must not replace Python's.
-    env["PYTHONSAFEPATH"] = "1"
+    env = {"PYTHONSAFEPATH": "1"}
     here = str(Path(zexp.__file__).parents[1]) if code is None else str(code)
     if here not in _SITE:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))

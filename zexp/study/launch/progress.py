@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from zexp.study.launch.base import Event, Outcome, Stage
+from zexp.study.launch.base import Event, Outcome, Stage, stopped_after
 
 PLAIN_SECONDS = 30.0
 BAR_WIDTH = 24
@@ -199,6 +200,7 @@ def failures(stages: Sequence[Named], outcomes: Mapping[str, Outcome], console: 
         status: [(id, outcome) for id, outcome in outcomes.items() if outcome.status == status]
         for status in ("failed", "diverged", "interrupted", "skipped")
     }
+    reasons = {stopped_after(n) for n in range(1, len(of["failed"]) + 1)}
     for id, outcome in of["failed"]:
         tries = f" (tried {outcome.tries} times)" if outcome.tries > 1 else ""
         console.print(f"[red]failed[/] {escape(labels[id])} ({id}){tries}", soft_wrap=True)
@@ -209,11 +211,11 @@ def failures(stages: Sequence[Named], outcomes: Mapping[str, Outcome], console: 
         console.print(f"[red]diverged[/] {escape(labels[id])} ({id}): {escape(outcome.error or '')}", soft_wrap=True)
     if of["interrupted"]:
         console.print(f"[yellow]interrupted[/]: {len(of['interrupted'])} of {len(outcomes)} stages are not done")
-    if of["skipped"]:
-        many = len(of["skipped"]) > 1
-        console.print(
-            f"skipped {len(of['skipped'])} {'stages that need' if many else 'stage that needs'} one of those above"
-        )
+    stopped = Counter(outcome.error for _, outcome in of["skipped"] if outcome.error in reasons)
+    for reason, count in stopped.items():
+        console.print(f"skipped {count} stage{'s' * (count > 1)}: {reason}")
+    if needing := len(of["skipped"]) - stopped.total():
+        console.print(f"skipped {needing} {'stages that need' if needing > 1 else 'stage that needs'} one of those above")
 
 
 def say_seconds(seconds: float) -> str:
