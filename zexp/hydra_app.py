@@ -137,7 +137,9 @@ def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
     if _Verb.name == "calc":
         _Verb.exit_code = show_calc.calc(variants, _Verb.budget, as_json=_Verb.json)
         return execute.completed(variants)
-    request = execute.Request(dict(launcher), Path.cwd(), tuple(sys.argv[1:]))
+    options = OmegaConf.to_container(launcher, resolve=True)
+    assert isinstance(options, dict)
+    request = execute.Request({str(key): value for key, value in options.items()}, Path.cwd(), tuple(sys.argv[1:]))
     if _Verb.name == "plan":
         plan, study, store, _ = execute.planned(variants, request)
         show.plan(plan, study, store, as_json=_Verb.json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.study.launch import handlers
-from tests.study.launch.tree import Tree, statuses
+from tests.study.launch.tree import HANDLERS, Tree, statuses
 from zexp.config.errors import ConfigError
-from zexp.study.launch import machine
+from zexp.study.launch import LocalOptions, launch, machine, progress
 
 ROOT = Path(__file__).parents[3]
 
@@ -129,6 +131,61 @@ def test_a_failed_stage_is_tried_again_when_asked(tree):
     assert outcomes["shy"].tries == 2
     folder = tree.store.root / tree.stages[0].folder
     assert (folder / "attempts/1/failure.json").exists()
+
+
+def test_every_try_keeps_its_reason_and_the_last_one_is_told_with_their_number(tree):
+    stage = tree.add("hopeless", act="raise")
+    outcomes = tree.launch(retries=2)
+    assert statuses(outcomes) == {"hopeless": "failed"}
+    attempts = [tree.store.root / stage.folder / "attempts" / str(n) for n in (1, 2, 3)]
+    assert outcomes["hopeless"].tries == 3 and outcomes["hopeless"].log == attempts[2] / "log"
+    for attempt in attempts:
+        assert json.loads((attempt / "failure.json").read_text())["error"] == "RuntimeError: hopeless cannot go on"
+    retried = [event for event in tree.events if event.kind == "retry"]
+    assert [event.attempt for event in retried] == attempts[:2]
+    console = Console(file=io.StringIO(), width=200)
+    progress.failures(tree.stages, outcomes, console)
+    assert "failed stage hopeless (hopeless) (tried 3 times)" in console.file.getvalue()
+
+
+def test_after_so_many_failures_running_stages_stop_at_a_state_and_the_rest_is_skipped(tree):
+    tree.add("bad", act="raise", cost=9)
+    tree.add("worse", act="raise once", seconds=1.0, cost=8)
+    tree.add("running", act="train", seconds=60, cost=7)
+    tree.add("below bad", "bad")
+    tree.add("below running", "running")
+    tree.add("later")
+    began = time.monotonic()
+    outcomes = tree.launch(slots=2, max_failures=2)
+    assert time.monotonic() - began < 30
+    why = "stopped after 2 failures (hydra.launcher.max_failures)"
+    assert {id: (one.status, one.error if one.status == "skipped" else None) for id, one in outcomes.items()} == {
+        "bad": ("failed", None),
+        "worse": ("failed", None),
+        "running": ("skipped", why),
+        "below bad": ("skipped", "stage bad is failed"),
+        "below running": ("skipped", why),
+        "later": ("skipped", why),
+    }
+    assert [line["stage"] for line in tree.record("checkpoint")] == ["running"]
+    assert "later" not in tree.started()
+    (said,) = [event.text for event in tree.events if event.kind == "stopping"]
+    assert said.startswith("Stopped after 2 failures (hydra.launcher.max_failures): 1 running stage writes a state")
+
+
+def test_only_a_failure_after_the_last_try_counts(tree):
+    tree.add("shy", act="raise once")
+    tree.add("next")
+    assert statuses(tree.launch(max_failures=1, retries=1)) == {"shy": "done", "next": "done"}
+
+
+def test_failures_of_an_earlier_launch_count(tree):
+    tree.add("bad", act="raise")
+    tree.add("next")
+    options = LocalOptions(slots=1, preload=(), handlers=HANDLERS, max_failures=3)
+    outcomes = launch(tree.stages, tree.store, options, failed=2)
+    assert statuses(outcomes) == {"bad": "failed", "next": "skipped"}
+    assert outcomes["next"].error == "stopped after 3 failures (hydra.launcher.max_failures)"
 
 
 def test_divergence_is_a_result_and_is_not_trained_again(tree):
@@ -243,7 +300,7 @@ def test_nothing_is_left_behind(tree, tmp_path, monkeypatch):
 DRIVER = """
 import sys
 from pathlib import Path
-from tests.study.launch.tree import Tree, statuses
+from tests.study.launch.tree import HANDLERS, Tree, statuses
 from zexp.study.launch import machine
 machine.core_numbers = lambda: [0, 1]
 tree = Tree(Path(sys.argv[1]))

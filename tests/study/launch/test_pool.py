@@ -89,6 +89,16 @@ def test_a_killed_run_holds_nothing_and_its_note_goes(pool, folder):
     assert [path.name for path in folder.glob("run-*")] == [mine.note.name]
 
 
+def test_what_was_noted_before_a_reboot_counts_for_nothing(pool, folder):
+    old = {**this_process(), "boot": "another", "name": "run-1-a.json", "command": "zexp run", "held": [["core-0", None]]}
+    folder.mkdir()
+    (folder / "run-1-a.json").write_text(json.dumps({**old, "wants": {"count": 1, "since": 0.0, "units": [["core-1", None]]}}))
+    mine = pool()
+    first, second = mine.take(1), mine.take(1)
+    assert first is not None and second is not None and mine.users() == []
+    assert not (folder / "run-1-a.json").exists()
+
+
 def test_who_holds_less_gets_what_becomes_free(pool):
     rich, poor = pool(), pool()
     first, second = rich.take(1), rich.take(1)

@@ -17,6 +17,7 @@ import time
 import traceback
 from typing import Any, NoReturn
 
+from zexp.store.lease import LeaseTimes
 from zexp.study.stages import EXIT_CODES, Interrupted, Watcher, run_stage
 
 
@@ -24,7 +25,7 @@ def run_job(job: dict[str, Any], lifeline: int, report: int) -> NoReturn:
     """Run the job's requests and end the process. With one request the exit code says how it ended (EXIT_CODES);
     with several it is that of the last one that is not done.
 
-    job: {store, requests, handlers, grace_seconds, devices: CUDA_VISIBLE_DEVICES}. Nothing of the server runs on the way
+    job: {store, lease_times, requests, handlers, grace_seconds, devices: CUDA_VISIBLE_DEVICES}. Nothing of the server runs on the way
     out: no atexit, no finally.
     """
     code = EXIT_CODES["failed"]
@@ -64,7 +65,8 @@ def _run(job: dict[str, Any], report: int) -> int:
                 waiting = True
 
         watcher = Watcher(started=lambda path: say("started", attempt=str(path)), waiting=on_wait)
-        ended = run_stage(job["store"], request, handlers=job["handlers"], watcher=watcher)
+        times = LeaseTimes(**job["lease_times"])
+        ended = run_stage(job["store"], request, handlers=job["handlers"], watcher=watcher, times=times)
         say("ended", result=ended.result, error=ended.error)
         code = EXIT_CODES[ended.result] or code
         if ended.result == "interrupted":

@@ -11,6 +11,7 @@ stage can start that nobody else has in hand. A server stays between jobs, for i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import selectors
@@ -163,7 +164,7 @@ class LocalLaunch:
     def _take(self, coming: Sequence[int], leases: list[tuple[int, Held]]) -> bool:
         """Add leases for whatever more could start; True if the machine has not enough for now."""
         least = min(stage.threads for stage in self.stages)
-        most = self._capacity.slots(least) if self.options.slots is None else self.options.slots
+        most = min(self._capacity.slots(least), self.options.slots or len(self._capacity.units))
         busy = sum(one.state == "busy" for one in self._slots)
         ours = [*coming, *(threads for threads, _ in leases)]
         wanted = _without(self._next(max(len(ours), most - busy)), ours)
@@ -207,6 +208,7 @@ class LocalLaunch:
         assert one.connection is not None
         task = {
             "store": str(self.store.root),
+            "lease_times": dataclasses.asdict(self.store.lease_times),
             "requests": [stage.full_request() for stage in job.stages],
             "handlers": self.options.handlers,
             "grace_seconds": self.options.grace_seconds,
@@ -393,10 +395,12 @@ class LocalLaunch:
     def _stage_says(self, one: _Slot, message: Mapping[str, Any]) -> None:
         stage = self._schedule.stages[message["stage"]]
         known = self._tries[stage.id]
-        if message["op"] == "waiting":  # another run took it since this one looked: the slot is of better use elsewhere
+        if message["op"] == "waiting":
             self._say_waiting(stage, message["holder"])
-            one.yielding = True
-            self._tell(one, op="stop")
+            folder = self._folder_of(stage)
+            if folder is not None and self._elsewhere.holder(stage.id, folder) is not None:
+                one.yielding = True  # it was taken since this run looked: the slot is of better use elsewhere
+                self._tell(one, op="stop")  # (else its holder is silent, and the process waits to take it over)
         elif message["op"] == "started":
             known.attempt, known.began = Path(message["attempt"]), time.monotonic()
             self.on_event(Event(kind="started", stage=stage, attempt=known.attempt))
@@ -520,9 +524,11 @@ class LocalLaunch:
     def _stop(self, why: str) -> None:
         self._stopping = True
         self._kill_at = time.monotonic() + self.options.grace_seconds
-        busy = [one for one in self._slots if one.state == "busy"]
+        busy = [one for one in self._slots if one.job is not None and any(s.id not in self._outcomes for s in one.job.stages)]
         seconds = f"{self.options.grace_seconds:g}"
         text = f"{why}: {len(busy)} running stage{'s write' if len(busy) != 1 else ' writes'} a state (at most {seconds} s; a second Ctrl-C does not wait)."
+        if not busy:
+            text = f"{why}: no stage was running."
         self.on_event(Event(kind="stopping", text=text))
         for one in busy:
             self._tell(one, op="stop")

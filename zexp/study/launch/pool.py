@@ -204,7 +204,7 @@ class Pool:
                 said = json.loads(path.read_bytes())
             except (FileNotFoundError, PermissionError):  # it ended; or it was written this very moment
                 continue
-            if known_dead(said):
+            if known_dead(said) or said["boot"] != self._me["boot"]:  # the folder is this machine's own
                 with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's: only that one may
                     path.unlink()
                 continue
