@@ -150,7 +150,7 @@ def test_every_try_keeps_its_reason_and_the_last_one_is_told_with_their_number(t
 
 def test_after_so_many_failures_running_stages_stop_at_a_state_and_the_rest_is_skipped(tree):
     tree.add("bad", act="raise", cost=9)
-    tree.add("worse", act="raise once", seconds=1.0, cost=8)
+    tree.add("worse", act="raise while another trains", other="running", cost=8)
     tree.add("running", act="train", seconds=60, cost=7)
     tree.add("below bad", "bad")
     tree.add("below running", "running")

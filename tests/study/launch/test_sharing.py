@@ -136,7 +136,7 @@ def test_a_run_with_much_to_do_does_not_starve_a_later_one(tmp_path, drivers):
 
 def test_a_run_that_comes_to_a_full_machine_says_who_has_it_and_a_killed_one_leaves_it_at_once(tmp_path, drivers):
     first = drivers(tmp_path / "one", ("a", [], {"act": "train", "seconds": 60}), ("b", [], {"act": "train", "seconds": 60}))
-    wait_for(lambda: len(handlers.read(tmp_path / "one")) == 2)
+    wait_for(lambda: [line["what"] for line in handlers.read(tmp_path / "one")].count("training") == 2)
     second = drivers(tmp_path / "two", ("c", [], {}))
     (said,) = wait_for(lambda: second.said("slot"))
     assert said.startswith(f"All 2 slots of this machine are in use by process {first.process.pid} (-c ")
