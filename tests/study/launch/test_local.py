@@ -218,6 +218,20 @@ def test_a_slot_has_imported_torch_before_it_forks_and_its_children_may_use_thre
     assert [line["torch"] for line in tree.record("start")] == [True, True]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="slots spawn on macOS")
+def test_a_warm_slot_does_at_once_what_another_one_is_still_being_started_for(tree, tmp_path, monkeypatch):
+    (tmp_path / "slow_import.py").write_text("import time\ntime.sleep(3)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+    tree.add("first", kind="segment")
+    tree.add("second", "first", kind="segment")
+    tree.add("third", "first", kind="segment")
+    began = time.monotonic()
+    assert set(statuses(tree.launch(slots=2, preload=("slow_import",))).values()) == {"done"}
+    ends = {line["stage"]: line for line in tree.record("end")}
+    assert len({line["server"] for line in ends.values()}) == 1
+    assert ends["third"]["time"] - ends["first"]["time"] < 2.5, f"within {time.monotonic() - began:.1f} s in all"
+
+
 def test_a_stage_that_is_in_the_store_by_now_is_not_run(tree):
     tree.add("a")
     tree.launch()

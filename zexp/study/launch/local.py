@@ -145,12 +145,17 @@ class LocalLaunch:
 
     def _dispatch(self) -> None:
         """Start what can start, on units that this run gets; give back what it has no use for."""
-        coming = [one.threads for one in self._slots if one.state == "starting"]
+        idle = [one for one in self._slots if one.state == "idle"]
+        free = [one.threads for one in idle if one.lease is None]
         leases: list[tuple[int, Held]] = []  # (threads that they are for, units)
-        for one in self._slots:
-            if one.state == "idle" and one.lease is not None:
-                leases.append((one.threads, one.lease))
-                one.lease = None
+        for one in idle + [one for one in self._slots if one.state == "starting"]:
+            if one.lease is None or (one.state == "starting" and one.threads not in free):
+                continue
+            if one.state == "starting":  # a warm server does at once what this one is still being started for
+                free.remove(one.threads)
+            leases.append((one.threads, one.lease))
+            one.lease = None
+        coming = [one.threads for one in self._slots if one.state == "starting" and one.lease is not None]
         denied = self._take(coming, leases)
         for job in _without(self._next(len(coming) + len(leases)), coming):
             found = next((n for n, (threads, _) in enumerate(leases) if threads == job.threads), None)
@@ -189,10 +194,14 @@ class LocalLaunch:
                 return jobs
 
     def _start(self, job: Job, lease: Held) -> None:
-        """On an idle server of as many threads, else on a new one, which then asks again what to do."""
+        """On an idle server of as many threads; else it is left for one that starts, which has the lease until then."""
         idle = [one for one in self._slots if one.state == "idle"]
         one = next((one for one in idle if one.threads == job.threads), None)
         if one is None:
+            coming = [one for one in self._slots if (one.state, one.threads, one.lease) == ("starting", job.threads, None)]
+            if coming:
+                coming[0].lease = lease
+                return
             if self._restarts > SLOT_RESTARTS:
                 self._pool.give_back(lease)
                 return
