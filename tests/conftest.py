@@ -20,6 +20,13 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+
+@pytest.fixture(scope="session", autouse=True)
+def slots_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests launch shares the machine with nobody, and with no other test process."""
+    os.environ["ZEXP_SLOTS_DIR"] = str(tmp_path_factory.mktemp("slots"))
+
+
 Handler = Callable[[Store, StageFolder, dict[str, Any], Any], str]
 
 

@@ -29,7 +29,7 @@ from zexp.config.errors import ConfigError
 from zexp.config.places import conf_dir, user_conf_dir
 from zexp.config.schema import Run
 from zexp.study import execute, show, show_calc, why
-from zexp.study.launch import options_of
+from zexp.study.launch import driver, options_of
 from zexp.study.outlook import outlook
 from zexp.study.resolve import Composed
 from zexp.study.variants import GROUPS
@@ -145,7 +145,7 @@ def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
         return execute.completed(variants)
     options = OmegaConf.to_container(launcher, resolve=True)
     assert isinstance(options, dict)
-    request = execute.Request({str(key): value for key, value in options.items()}, Path.cwd())
+    request = execute.Request({str(key): value for key, value in options.items()}, Path.cwd(), tuple(sys.argv[1:]))
     if _Verb.name == "plan":
         plan, study, store, _ = execute.planned(variants, request)
         if _Verb.why is not None:
@@ -157,7 +157,9 @@ def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
     from zexp.finish import finish
 
     acted = execute.act(variants, request)
-    _Verb.exit_code = max(_Verb.exit_code, finish(acted, seconds=time.monotonic() - _Verb.started))
+    code = finish(acted, seconds=time.monotonic() - _Verb.started)
+    _Verb.exit_code = max(_Verb.exit_code, code)
+    driver.ended(acted.store, acted.study["name"], exit_code=code)
     return acted.job_returns
 
 

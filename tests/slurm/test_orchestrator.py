@@ -168,7 +168,7 @@ def test_failures_are_tried_again_counted_and_stop_the_study_when_asked(cluster:
     done = folder.zexp("run", "+sweeps=strict", *SLURM, *ACTS, "hydra.launcher.max_failures=1", "hydra.launcher.max_parallel=1")
     assert done.returncode == 1
     made = [arm for arm, stage in folder.anneals("+sweeps=strict").items() if newest_state(stage) is not None]
-    assert len(made) < 3 and "max_failures = 1" in done.stdout, done.stdout
+    assert len(made) < 3 and "stopped after 1 failure (hydra.launcher.max_failures)" in done.stdout, done.stdout
     assert not jobs(cluster)
 
 

@@ -202,7 +202,7 @@ def test_more_slots_take_no_longer_than_the_bounds_of_list_scheduling():
 
 def looked(plan, store, monkeypatch, ram: machine.Memory | None = None, **options):
     monkeypatch.setattr(machine, "gpus", lambda environ=None: [])
-    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "core_numbers", lambda: [0, 1])
     monkeypatch.setattr(machine, "memory", lambda: ram or machine.Memory(10**10, 10**10))
     return outlook.outlook(plan, store, LocalOptions(**options), "study")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -10,13 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.study.launch.tree import HANDLERS, Tree
+from zexp.store.folder import Store
 from zexp.store.lease import LeaseTimes
 from zexp.study import stages
 from zexp.study.stages import Ended, Watcher, run_stage
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -102,6 +107,54 @@ def test_a_stage_taken_over_while_it_slept_is_waited_for(tree, monkeypatch):
 
     monkeypatch.setattr(stages, "_handler", lambda reference: taken_over)
     assert run(tree, stage) == Ended("done")
+
+
+PAUSED = """
+import contextlib, json, sys
+from tests.study.launch.tree import HANDLERS
+from zexp.store.lease import LeaseTimes
+from zexp.study import stages
+def pauses(store, folder, request, attempt):
+    scratch = attempt.scratch("result")
+    (scratch / "said").write_text("by the paused one")
+    print("ready", file=sys.__stdout__, flush=True)
+    sys.stdin.readline()
+    attempt.publish(scratch, "result")
+    raise AssertionError("published without the lease")
+stages._handler = lambda reference: pauses
+stages._output_to = lambda log: contextlib.nullcontext()  # its stdin and stdout are the test's
+times = LeaseTimes(heartbeat=0.1, timeout=1.5, poll=0.02)
+print(stages.run_stage(sys.argv[1], json.loads(sys.argv[2]), handlers=HANDLERS, times=times), flush=True)
+"""
+
+
+def test_a_paused_process_whose_stage_was_taken_over_publishes_nothing(tree):
+    stage = tree.add("a")
+    times = LeaseTimes(heartbeat=0.1, timeout=1.5, poll=0.02)
+    (folder,) = Store(tree.store.root, times).folders("corpus")
+    paused = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, str(tree.store.root), json.dumps(stage.full_request())],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert paused.stdout.readline() == "ready\n"
+        paused.send_signal(signal.SIGSTOP)
+        with folder.attempt({}) as second:  # waits for 1.5 silent seconds
+            assert second.n == 2
+            paused.send_signal(signal.SIGCONT)
+            paused.stdin.write("\n")
+            paused.stdin.flush()
+            time.sleep(1.0)
+            assert folder.result is None
+            scratch = second.scratch("result")
+            (scratch / "said").write_text("by the second")
+            assert second.publish(scratch, "result")
+        assert paused.communicate(timeout=20)[0] == "Ended(result='done', error=None)\n", "done by the other one"
+    finally:
+        paused.kill()
+        paused.communicate()
+    assert (folder.result / "said").read_text() == "by the second"
+    assert [attempt.failure() for attempt in folder.attempts()] == [None, None]
 
 
 def test_a_stage_whose_folder_is_deleted_while_it_runs_is_failed(tree, monkeypatch):

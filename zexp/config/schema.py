@@ -290,8 +290,8 @@ class Run:
     seq_len: int = semantic(256)  # labels of one sequence
     precision: str = semantic("fp32")  # fp32 | bf16 (autocast, fp32 weights)
     store: str = execution("store")  # folder of all results
+    detach: bool = execution(False)  # the command returns at once; local: a process in the background goes on, slurm: the jobs do
     scale: str = execution("tiny")  # the name of the scale that was applied
-    detach: bool = execution(False)  # `zexp run` returns as soon as the work is on its way
     arch: Arch = semantic(factory=Arch)
     corpus: Corpus = semantic(factory=Corpus)
     mix: Mix = semantic(factory=Mix)

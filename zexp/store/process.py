@@ -13,7 +13,11 @@ from typing import Any
 
 def this_process() -> dict[str, Any]:
     """host, boot (the machine's boot id), namespace (of pids), pid, started (tells recycled pids apart)."""
-    pid = os.getpid()
+    return process(os.getpid())
+
+
+def process(pid: int) -> dict[str, Any]:
+    """The same of another process of this machine, which is there."""
     return {
         "host": socket.gethostname(),
         "boot": _boot(),

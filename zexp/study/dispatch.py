@@ -17,7 +17,7 @@ def run_stages(
     costs: Mapping[str, float],
     before: Mapping[str, base.Outcome] | None = None,
     *,
-    study: str,
+    study: str = "run",
     gate: Mapping[str, Any] | None = None,
     detach: bool = False,
 ) -> dict[str, base.Outcome]:
@@ -26,14 +26,18 @@ def run_stages(
     costs: estimated seconds of each, to order them by. before: outcomes of an earlier part of the plan, whose failures
     skip what depends on them here. study, gate, detach: see launch().
     """
+    failed = sum(outcome.status == "failed" for outcome in (before or {}).values())
+    if options.max_failures is not None and failed >= options.max_failures:
+        why = base.stopped_after(failed)
+        return {stage.id: base.Outcome(status="skipped", error=why) for stage in stages}
     lost = {id for id, outcome in (before or {}).items() if outcome.status != "done"}
     skipped: dict[str, base.Outcome] = {}
     launched = []
     for stage in stages:
-        failed = next((parent for parent in stage.parents if parent in lost), None)
+        above = next((parent for parent in stage.parents if parent in lost), None)
         diverged = stage.diverged is not None and not stage.request.get("retry_diverged")
-        if failed is not None:
-            skipped[stage.id] = base.Outcome(status="skipped", error=f"stage {failed} did not end well.")
+        if above is not None:
+            skipped[stage.id] = base.Outcome(status="skipped", error=f"stage {above} did not end well.")
             lost.add(stage.id)
         elif diverged:
             assert stage.diverged is not None
@@ -43,7 +47,10 @@ def run_stages(
         else:
             launched.append(to_launch(stage, costs[stage.id]))
     with progress.Progress(launched) as on_event:
-        return {**skipped, **launch(launched, store, options, on_event, study=study, gate=gate, detach=detach)}
+        return {
+            **skipped,
+            **launch(launched, store, options, on_event, study=study, gate=gate, detach=detach, failed=failed),
+        }
 
 
 def to_launch(stage: plans.Stage, cost: float) -> base.Stage:

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from zexp.config.errors import ConfigError
 from zexp.store import retention
 from zexp.store.folder import Store
-from zexp.study import nearest, ranks, record
+from zexp.study import nearest, record
 from zexp.study import plan as plans
+from zexp.study.launch import detach, driver
 from zexp.study.outlook import DATA_KINDS, Outlook, outlook
 from zexp.study.resolve import Composed, Resolver, Variant
 from zexp.study.variants import study_name
@@ -28,10 +29,12 @@ __all__ = ["Acted", "Composed", "Request", "act", "completed", "planned"]
 
 @dataclass(frozen=True)
 class Request:
-    """Where and how. launcher: the node hydra.launcher; directory: what relative paths are relative to."""
+    """Where and how. launcher: the node hydra.launcher; directory: what relative paths are relative to; words: of the
+    command line, behind the verb."""
 
     launcher: dict[str, Any]
     directory: Path
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ class StageFailed(RuntimeError):
 
 
 def act(composed: list[Composed], request: Request) -> Acted:
-    """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong."""
+    """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong.
+
+    With `detach` another process, or jobs, run it, and every stage is `submitted`.
+    """
     plan, study, store, variants = planned(composed, request)
     ahead = _ahead(request, plan, store, study)
     for text in [] if ahead is None else ahead.warnings():
@@ -71,10 +77,18 @@ def act(composed: list[Composed], request: Request) -> Acted:
     if plans.mark(plan, store):  # another study may have changed the store before our pins stood
         ahead = _ahead(request, plan, store, study)
         _create(plan, store)
-    outcomes = _run(plan, study["name"], store, ahead) if ahead is not None else {}
+    outcomes: dict[str, Any] = {}
+    if ahead is not None and ahead.options.backend == "local":
+        if _detach(composed):
+            outcomes = _in_background(plan, study["name"], store, request, unchanged=change.none)
+        else:
+            with driver.driving(store, study["name"], ["run", *request.words]):
+                outcomes = _run(plan, store, ahead)
+    elif ahead is not None:
+        outcomes = _submit(plan, study["name"], store, ahead, detach=_detach(composed))
     _drop_optimizers(plan, store)
     returns = _job_returns(composed, variants, plan, study, store)
-    detached = any(variant.run.detach for variant in plan.variants)
+    detached = _detach(composed)
     here = ahead is None or ahead.options.backend == "local"
     return Acted(returns, plan, study, store, outcomes, detached, here)
 
@@ -108,7 +122,7 @@ def _study(composed: list[Composed], variants: list[Variant]) -> dict[str, Any]:
         said["name"] = composed[0].choices.get("sweeps")
     ends = [segment.id for variant in variants for segment in variant.chain.segments]
     digest = hashlib.sha256("\n".join(ends).encode()).hexdigest()
-    typed = sorted({text for one in composed for text in one.overrides}) if len(composed) == 1 else []
+    typed = sorted({word for one in composed for word in one.overrides if not detach.is_key(word)}) if len(composed) == 1 else []
     axes = sorted({key for one in composed for key in one.axes})
     said["name"] = study_name(said, typed or axes, digest)
     return said
@@ -168,18 +182,14 @@ def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
 def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
     """The launcher's options, checked, with what the stages ask of this machine or cluster, before anything is written."""
     from zexp.study.dispatch import to_launch
-    from zexp.study.launch import machine, options_of
+    from zexp.study.launch import check_machine, options_of
     from zexp.study.launch.slurm import SlurmOptions, preflight
 
     options = options_of(request.launcher)
     if isinstance(options, SlurmOptions):
         preflight([to_launch(stage, 0.0) for stage in plan.to_do], options)
-    elif any(s.request.get("device") == "cuda" for s in plan.to_do) and not machine.gpus():
-        raise machine.no_gpu()
-    widest = max(ranks.count(stage.request) for stage in plan.to_do)
-    if options.backend == "local" and widest > 1:
-        on_gpus = any(s.request.get("device", "cpu") != "cpu" for s in plan.to_do)
-        machine.slots("auto" if on_gpus else "cpu", 1, widest)  # raises for fewer GPUs than ranks
+    else:
+        check_machine([stage.request for stage in plan.to_do], options)
     return options
 
 
@@ -188,25 +198,53 @@ def _ahead(request: Request, plan: plans.Plan, store: Store, study: dict[str, An
     return outlook(plan, store, _options(request, plan), study["name"]) if plan.to_do else None
 
 
-def _run(plan: plans.Plan, study: str, store: Store, ahead: Outlook) -> dict[str, Any]:
-    """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
+def _detach(composed: list[Composed]) -> bool:
+    """The command is to return at once. Raises ConfigError where what comes next depends on results."""
+    if not any(one.config.detach for one in composed):
+        return False
+    sweeper = composed[0].choices.get("hydra/sweeper")
+    if sweeper not in (None, "zexp", "basic"):
+        raise ConfigError(f"detach = true: hydra/sweeper={sweeper} waits for results to choose what it runs next. Leave it out.")
+    return True
+
+
+def _in_background(plan: plans.Plan, name: str, store: Store, request: Request, *, unchanged: bool) -> dict[str, Any]:
+    """Start a process that runs the study, unless one does already; every stage is submitted."""
+    from zexp.study.launch import Outcome
+
+    found = driver.running(store, name) if unchanged else None
+    if found is not None:
+        print(f"{name} runs already, since {found['time']}: process {found['pid']} on {found['host']}. Nothing was started.")
+        if not driver.is_here(found):
+            print(f"If that one is gone, with its machine: rm {store.study(name)}/driver*.json")
+    else:
+        print(detach.how_to_come_back(store, name, detach.start(store, name, request.words, request.directory)))
+    return {stage.id: Outcome(status="submitted") for stage in plan.to_do}
+
+
+def _submit(plan: plans.Plan, study: str, store: Store, ahead: Outlook, *, detach: bool) -> dict[str, Any]:
+    """All stages as jobs at once. Whether the supplies suffice the jobs themselves look: nobody may be there to do it."""
     from zexp.study import gate
     from zexp.study.dispatch import run_stages
 
-    if ahead.options.backend == "slurm":  # the jobs themselves look whether the supplies suffice: nobody may be there to do it
-        detach = any(variant.run.detach for variant in plan.variants)
-        asked = gate.questions(plan, store)
-        return run_stages(plan.to_do, store, ahead.options, ahead.costs, study=study, gate=asked, detach=detach)
+    asked = gate.questions(plan, store)
+    return run_stages(plan.to_do, store, ahead.options, ahead.costs, study=study, gate=asked, detach=detach)
+
+
+def _run(plan: plans.Plan, store: Store, ahead: Outlook) -> dict[str, Any]:
+    """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
+    from zexp.study.dispatch import run_stages
+
     outcomes: dict[str, Any] = {}
     data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS]
     rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]
     if data:
-        outcomes |= run_stages(data, store, ahead.options, ahead.costs, study=study)
+        outcomes |= run_stages(data, store, ahead.options, ahead.costs)
         if any(outcome.status == "interrupted" for outcome in outcomes.values()):
             return outcomes
         plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
     if rest:
-        outcomes |= run_stages(rest, store, ahead.options, ahead.costs, before=outcomes, study=study)
+        outcomes |= run_stages(rest, store, ahead.options, ahead.costs, before=outcomes)
     return outcomes
 
 

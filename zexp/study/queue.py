@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from zexp.calc import devices
 from zexp.config.errors import ConfigError
 from zexp.store.provenance import cpu_model
+from zexp.study.dispatch import to_launch
 from zexp.study.launch import machine
+from zexp.study.launch.base import Size
+from zexp.study.launch.capacity import Capacity, capacity
 from zexp.study.launch.options import LauncherOptions, LocalOptions
 from zexp.study.launch.slurm.options import SlurmOptions
-from zexp.study.plan import Plan
+from zexp.study.plan import Plan, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +73,14 @@ def queue_of(options: LauncherOptions, plan: Plan) -> Queue:
             memory=found[1],
             available=found[1],
         )
-    slots = machine.slots(device, threads)
-    on = "cuda" if named is not None or any(slots) or device == "cuda" else "cpu"
+    here = _here(stages, options)
+    on_gpus = here is not None and here.gpus is not None
+    on = "cuda" if named is not None or on_gpus or device == "cuda" else "cpu"
     model, memory, available = _this_machine(on) if named is None else (*_of_table(named), _of_table(named)[1])
-    here = len(slots) if named is None or any(slots) else 1  # planned here for another machine
-    count = here if options.slots is None else min(here, options.slots) if named is None else options.slots
+    size = min((to_launch(stage, 0.0).size for stage in stages if stage.kind == "segment"), default=Size(threads))
+    most = 1 if here is None else here.slots(size)
+    slots = most if named is None or on_gpus else 1  # planned here for another machine
+    count = slots if options.slots is None else min(slots, options.slots) if named is None else options.slots
     return Queue(
         backend="local",
         slots=max(count, 1),
@@ -84,6 +91,14 @@ def queue_of(options: LauncherOptions, plan: Plan) -> Queue:
         memory=memory,
         available=available,
     )
+
+
+def _here(stages: Sequence[Stage], options: LocalOptions) -> Capacity | None:
+    """What this machine has for the stages; None if it lacks what they ask for, which `run` refuses."""
+    try:
+        return capacity([stage.request for stage in stages], options)
+    except ConfigError:
+        return None
 
 
 def _asks_for_gpus(options: LauncherOptions) -> bool:

@@ -25,6 +25,11 @@ class Change:
     dropped: list[str]
     altered: list[str]
 
+    @property
+    def none(self) -> bool:
+        """The study is as it was recorded before."""
+        return not (self.added or self.dropped or self.altered)
+
     def line(self, name: str) -> str | None:
         """One sentence, or None for a new or unchanged study."""
         parts = [

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from zexp.store.attempt import Attempt
 from zexp.store.errors import LeaseLost, StoreError
 from zexp.store.folder import StageFolder, Store
+from zexp.store.lease import LeaseTimes
 
 # kind -> "module:function", called as function(store, folder, request, attempt) -> "done" | "diverged" | "interrupted".
 # A handler publishes before it says done. SIGTERM raises Interrupted in it, unless it handles the signal itself.
@@ -93,18 +94,19 @@ def run_stage(
     *,
     handlers: Mapping[str, str] | None = None,
     watcher: Watcher | None = None,
+    times: LeaseTimes | None = None,
 ) -> Ended:
     """Run one stage in this process; what it prints goes to attempts/<n>/log.
 
     Waits while another process holds the stage's lease, and is done when that one is. Never raises for what goes wrong
-    in the stage. handlers: kinds whose handler differs from the table's.
+    in the stage. handlers: kinds whose handler differs from the table's. times: as everybody's who shares the store.
     """
     watcher = watcher or Watcher()
     with _interruptible():
         folder = None
         try:
             while True:
-                folder = stage_folder(Store(Path(root)), request)
+                folder = stage_folder(Store(Path(root), times or LeaseTimes()), request)
                 try:
                     return _one_attempt(folder, request, {**HANDLERS, **(handlers or {})}, watcher)
                 except LeaseLost as lost:  # this process slept too long: wait for whoever took over

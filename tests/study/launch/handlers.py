@@ -21,6 +21,10 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     act = request.get("act", "work")
     if act == "raise" or (act == "raise once" and attempt.n == 1):
         raise RuntimeError(f"{request['stage']} cannot go on")
+    if act == "raise while another trains":
+        while not any(line["what"] == "training" and line["stage"] == request["other"] for line in read(store.root)):
+            time.sleep(0.01)
+        raise RuntimeError(f"{request['stage']} cannot go on")
     if act == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "kill server":
@@ -41,6 +45,7 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     end = time.monotonic() + request.get("seconds", 0.0)
     if act == "train":
         with StopFlag() as stop:
+            _record(store, request, "training")
             while time.monotonic() < end:
                 attempt.progress(1, 10, "tokens", loss=3.0)
                 if stop.requested:

@@ -35,3 +35,15 @@ def test_slots_of_a_wrong_type_are_refused(slots):
 
 def test_no_stages_are_no_work(tmp_path):
     assert launch([], Store(tmp_path), LocalOptions()) == {}
+
+
+def test_several_gpus_a_stage_and_several_stages_a_gpu_exclude_each_other():
+    with pytest.raises(ConfigError, match="Leave one of the two at 1"):
+        LocalOptions(gpus_per_stage=2, stages_per_gpu=2).check()
+
+
+@pytest.mark.parametrize("key", ["gpus_per_stage", "stages_per_gpu"])
+@pytest.mark.parametrize("value", [0, True, "all"])
+def test_numbers_of_gpus_and_stages_are_whole(key, value):
+    with pytest.raises(ConfigError, match=rf"hydra\.launcher\.{key} = .*from 1 on"):
+        LocalOptions(**{key: value}).check()

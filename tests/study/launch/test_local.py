@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.study.launch import handlers
-from tests.study.launch.tree import Tree, statuses
+from tests.study.launch.tree import HANDLERS, Tree, statuses
 from zexp.config.errors import ConfigError
-from zexp.study.launch import machine
+from zexp.study.launch import LocalOptions, launch, machine, progress
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # so that slots find these handlers, wherever zexp is installed
-    monkeypatch.setattr(machine, "cores", lambda: 4)
+    monkeypatch.setattr(machine, "core_numbers", lambda: [0, 1, 2, 3])
     return Tree(tmp_path / "a store's folder")
 
 
@@ -131,6 +133,61 @@ def test_a_failed_stage_is_tried_again_when_asked(tree):
     assert (folder / "attempts/1/failure.json").exists()
 
 
+def test_every_try_keeps_its_reason_and_the_last_one_is_told_with_their_number(tree):
+    stage = tree.add("hopeless", act="raise")
+    outcomes = tree.launch(retries=2)
+    assert statuses(outcomes) == {"hopeless": "failed"}
+    attempts = [tree.store.root / stage.folder / "attempts" / str(n) for n in (1, 2, 3)]
+    assert outcomes["hopeless"].tries == 3 and outcomes["hopeless"].log == attempts[2] / "log"
+    for attempt in attempts:
+        assert json.loads((attempt / "failure.json").read_text())["error"] == "RuntimeError: hopeless cannot go on"
+    retried = [event for event in tree.events if event.kind == "retry"]
+    assert [event.attempt for event in retried] == attempts[:2]
+    console = Console(file=io.StringIO(), width=200)
+    progress.failures(tree.stages, outcomes, console)
+    assert "failed stage hopeless (hopeless) (tried 3 times)" in console.file.getvalue()
+
+
+def test_after_so_many_failures_running_stages_stop_at_a_state_and_the_rest_is_skipped(tree):
+    tree.add("bad", act="raise", cost=9)
+    tree.add("worse", act="raise while another trains", other="running", cost=8)
+    tree.add("running", act="train", seconds=60, cost=7)
+    tree.add("below bad", "bad")
+    tree.add("below running", "running")
+    tree.add("later")
+    began = time.monotonic()
+    outcomes = tree.launch(slots=2, max_failures=2)
+    assert time.monotonic() - began < 30
+    why = "stopped after 2 failures (hydra.launcher.max_failures)"
+    assert {id: (one.status, one.error if one.status == "skipped" else None) for id, one in outcomes.items()} == {
+        "bad": ("failed", None),
+        "worse": ("failed", None),
+        "running": ("skipped", why),
+        "below bad": ("skipped", "stage bad is failed"),
+        "below running": ("skipped", why),
+        "later": ("skipped", why),
+    }
+    assert [line["stage"] for line in tree.record("checkpoint")] == ["running"]
+    assert "later" not in tree.started()
+    (said,) = [event.text for event in tree.events if event.kind == "stopping"]
+    assert said.startswith("Stopped after 2 failures (hydra.launcher.max_failures): 1 running stage writes a state")
+
+
+def test_only_a_failure_after_the_last_try_counts(tree):
+    tree.add("shy", act="raise once")
+    tree.add("next")
+    assert statuses(tree.launch(max_failures=1, retries=1)) == {"shy": "done", "next": "done"}
+
+
+def test_failures_of_an_earlier_launch_count(tree):
+    tree.add("bad", act="raise")
+    tree.add("next")
+    options = LocalOptions(slots=1, preload=(), handlers=HANDLERS, max_failures=3)
+    outcomes = launch(tree.stages, tree.store, options, failed=2)
+    assert statuses(outcomes) == {"bad": "failed", "next": "skipped"}
+    assert outcomes["next"].error == "stopped after 3 failures (hydra.launcher.max_failures)"
+
+
 def test_divergence_is_a_result_and_is_not_trained_again(tree):
     tree.add("wild", kind="segment", act="diverge")
     tree.add("score", "wild", kind="eval")
@@ -159,6 +216,20 @@ def test_a_slot_has_imported_torch_before_it_forks_and_its_children_may_use_thre
     outcomes = tree.launch(preload=("torch",))
     assert statuses(outcomes) == {"a": "done", "b": "done"}
     assert [line["torch"] for line in tree.record("start")] == [True, True]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="slots spawn on macOS")
+def test_a_warm_slot_does_at_once_what_another_one_is_still_being_started_for(tree, tmp_path, monkeypatch):
+    (tmp_path / "slow_import.py").write_text("import time\ntime.sleep(3)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+    tree.add("first", kind="segment")
+    tree.add("second", "first", kind="segment")
+    tree.add("third", "first", kind="segment")
+    began = time.monotonic()
+    assert set(statuses(tree.launch(slots=2, preload=("slow_import",))).values()) == {"done"}
+    ends = {line["stage"]: line for line in tree.record("end")}
+    assert len({line["server"] for line in ends.values()}) == 1
+    assert ends["third"]["time"] - ends["first"]["time"] < 2.5, f"within {time.monotonic() - began:.1f} s in all"
 
 
 def test_a_stage_that_is_in_the_store_by_now_is_not_run(tree):
@@ -243,9 +314,9 @@ def test_nothing_is_left_behind(tree, tmp_path, monkeypatch):
 DRIVER = """
 import sys
 from pathlib import Path
-from tests.study.launch.tree import Tree, statuses
+from tests.study.launch.tree import HANDLERS, Tree, statuses
 from zexp.study.launch import machine
-machine.cores = lambda: 2
+machine.core_numbers = lambda: [0, 1]
 tree = Tree(Path(sys.argv[1]))
 tree.add("a", act=sys.argv[2], seconds=60)
 tree.add("b", "a")

@@ -1,21 +1,27 @@
 """Finding GPUs and cores without torch."""
 
+import os
 import sys
 
 import pytest
 
 from zexp.config.errors import ConfigError
-from zexp.study.launch import machine
+from zexp.study.launch import LocalOptions, machine
+from zexp.study.launch.base import Size
+from zexp.study.launch.capacity import capacity
 
-LISTING = """GPU 0: NVIDIA H200 (UUID: GPU-01234567-89ab-cdef-0123-456789abcdef)
-GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-11111111-89ab-cdef-0123-456789abcdef)
-  MIG 3g.20gb     Device  0: (UUID: MIG-aaaaaaaa-1111-5115-b30e-1a2a7a4e1d7f)
-  MIG 3g.20gb     Device  1: (UUID: MIG-bbbbbbbb-1111-5115-b30e-1a2a7a4e1d7f)
+UUIDS = ["GPU-01234567-89ab-cdef-0123-456789abcdef", "GPU-11111111-89ab-cdef-0123-456789abcdef"]
+MIGS = ["MIG-aaaaaaaa-1111-5115-b30e-1a2a7a4e1d7f", "MIG-bbbbbbbb-1111-5115-b30e-1a2a7a4e1d7f"]
+LISTING = f"""GPU 0: NVIDIA H200 (UUID: {UUIDS[0]})
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: {UUIDS[1]})
+  MIG 3g.20gb     Device  0: (UUID: {MIGS[0]})
+  MIG 3g.20gb     Device  1: (UUID: {MIGS[1]})
 """
+TWINS = f"GPU 0: NVIDIA H200 (UUID: {UUIDS[0]})\nGPU 1: NVIDIA H200 (UUID: {UUIDS[1]})\n"
 
 
 def test_a_divided_gpu_counts_as_its_instances():
-    assert [uuid[:12] for uuid in machine.parse_gpus(LISTING)] == ["GPU-01234567", "MIG-aaaaaaaa", "MIG-bbbbbbbb"]
+    assert [uuid for _, uuid in machine.parse_gpus(LISTING)] == [UUIDS[0], *MIGS]
 
 
 @pytest.mark.parametrize(
@@ -26,24 +32,91 @@ def test_a_preset_is_read_as_cuda_reads_it(preset, expected):
     assert machine.gpus({"CUDA_VISIBLE_DEVICES": preset}) == expected
 
 
-def test_cpu_slots_share_the_cores_by_threads(monkeypatch):
-    monkeypatch.setattr(machine, "cores", lambda: 8)
-    none = {"CUDA_VISIBLE_DEVICES": ""}
-    assert machine.slots("auto", 3, environ=none) == ["", ""]
-    assert machine.slots("auto", 16, environ=none) == [""]
-    assert machine.slots("cuda", 1, environ=none) == []
-    assert machine.slots("auto", 1, environ={"CUDA_VISIBLE_DEVICES": "0,1"}) == ["0", "1"]
-    assert machine.slots("cpu", 4, environ={"CUDA_VISIBLE_DEVICES": "0,1"}) == ["", ""]
-    assert machine.slots("cpu", 2, 2, none) == ["", ""]
+def test_a_gpu_has_one_name_whoever_made_it_visible(monkeypatch):
+    monkeypatch.setattr(machine, "_listing", lambda: TWINS)
+    assert machine.gpu_names(["1", "0"], {}) == [UUIDS[1], UUIDS[0]]
+    assert machine.gpu_names(["GPU-1111"], {}) == [UUIDS[1]]
+    assert machine.gpu_names(UUIDS, {}) == UUIDS
 
 
-def test_a_slot_of_several_ranks_has_a_gpu_for_each():
-    three = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
-    assert machine.slots("auto", 1, 2, three) == ["0,1"]
-    assert machine.slots("cuda", 1, 3, three) == ["0,1,2"]
-    assert machine.slots("cuda", 1, 2, {"CUDA_VISIBLE_DEVICES": ""}) == []
+def test_an_index_stays_one_where_cuda_may_count_otherwise_than_nvidia_smi(monkeypatch):
+    monkeypatch.setattr(machine, "_listing", lambda: LISTING)
+    assert machine.gpu_names(["0"], {}) == ["GPU-number-0"]
+    assert machine.gpu_names(["0"], {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) == [UUIDS[0]]
+    assert machine.gpu_names([MIGS[1]], {}) == [MIGS[1]]
+    monkeypatch.setattr(machine, "_listing", lambda: "")
+    assert machine.gpu_names(["3", "GPU-11"], {}) == ["GPU-number-3", "GPU-11"]
+
+
+def test_the_cores_are_those_of_the_affinity_within_the_quota(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 4, 5, 8}, raising=False)
+    monkeypatch.setattr(machine, "_quota", lambda: float("inf"))
+    assert machine.core_numbers() == [4, 5, 8, 9]
+    monkeypatch.setattr(machine, "_quota", lambda: 2.5)
+    assert machine.core_numbers() == [4, 5]
+    monkeypatch.setattr(machine, "_quota", lambda: 0.5)
+    assert machine.core_numbers() == [4]
+
+
+# What stages may use
+
+
+def of(monkeypatch, preset, *devices, **options):
+    monkeypatch.setattr(machine, "core_numbers", lambda: list(range(8)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", preset)
+    requests = [{} if device is None else {"device": device} for device in devices]
+    return capacity(requests, LocalOptions(**options))
+
+
+def test_stages_on_cores_take_one_for_each_thread(monkeypatch):
+    found = of(monkeypatch, "", "auto")
+    assert [(found.need(Size(n)), found.slots(Size(n))) for n in (1, 3, 16)] == [(1, 8), (3, 2), (8, 1)]
+    assert found.devices(found.units[:3]) == ""
+    assert of(monkeypatch, "0,1", "cpu").units == found.units
+    assert of(monkeypatch, "0,1", None).units == found.units, "data needs no GPU"
+
+
+@pytest.mark.parametrize(
+    ("options", "slots", "first"),
+    [({}, 4, "3"), ({"gpus_per_stage": 2}, 2, "3,1"), ({"gpus_per_stage": 3}, 1, "3,1,0"), ({"stages_per_gpu": 2}, 8, "3")],
+)
+def test_gpus_of_a_preset_make_slots(monkeypatch, options, slots, first):
+    found = of(monkeypatch, "3,1,0,2", "auto", **options)
+    assert found.slots(Size(5)) == slots
+    assert found.devices(found.units[: found.need(Size(5))]) == first
+
+
+def test_a_stage_of_several_ranks_has_a_gpu_or_cores_for_each(monkeypatch):
+    found = of(monkeypatch, "0,1,2", "auto")
+    assert (found.need(Size(1, 2)), found.slots(Size(1, 2)), found.slots(Size(1, 3))) == (2, 1, 1)
+    assert of(monkeypatch, "", "auto").need(Size(2, 3)) == 6
+    wide = [{"device": "auto", "ranks": {"data": 4}}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(ConfigError, match=r"parallelism.data = 4: .* this machine shows 3.\n  Set parallelism.data to 3"):
-        machine.slots("auto", 1, 4, three)
+        capacity(wide, LocalOptions())
+
+
+def test_stages_that_share_gpus_are_spread_over_them_first(monkeypatch):
+    found = of(monkeypatch, "0,1", "cuda", stages_per_gpu=2)
+    assert [found.devices([unit]) for unit in found.units] == ["0", "1", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "device", "options", "said"),
+    [
+        ("", "cuda", {}, "execution.device = cuda, but this machine shows no GPU"),
+        ("0,1", "auto", {"gpus_per_stage": 3}, "gpus_per_stage = 3, but this machine shows 2 GPUs"),
+        ("", "auto", {"gpus_per_stage": 2}, "gpus_per_stage = 2, but this machine shows no GPU"),
+        ("0,1", "cpu", {"gpus_per_stage": 2}, "gpus_per_stage = 2, but execution.device = cpu"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(monkeypatch, preset, device, options, said):
+    with pytest.raises(ConfigError, match=said):
+        of(monkeypatch, preset, device, None, **options)
+
+
+def test_data_stages_ask_for_no_gpus(monkeypatch):
+    assert of(monkeypatch, "", None, gpus_per_stage=2).gpus is None
 
 
 QUERY = """GPU-aaaa, 0, NVIDIA H100 80GB HBM3, 81559

@@ -90,6 +90,21 @@ def test_the_end_shows_tracebacks_logs_and_what_was_skipped(tmp_path):
     )
 
 
+def test_the_end_tells_what_needs_a_failed_stage_from_what_was_stopped(tmp_path):
+    console = plain()
+    outcomes = {
+        "a": Outcome(status="failed", error="no"),
+        "b": Outcome(status="skipped", error="stage a is failed"),
+        "c": Outcome(status="skipped", error="stopped after 1 failure (hydra.launcher.max_failures)"),
+        "d": Outcome(status="skipped", error="stopped after 1 failure (hydra.launcher.max_failures)"),
+    }
+    progress.failures([stage(id) for id in "abcd"], outcomes, console)
+    assert text(console).splitlines()[-2:] == [
+        "skipped 2 stages: stopped after 1 failure (hydra.launcher.max_failures)",
+        "skipped 1 stage that needs one of those above",
+    ]
+
+
 def test_the_bar_counts_estimated_work_where_it_is_known(tmp_path):
     one, two = stage("a", cost=30), stage("b", cost=10)
     show = progress.Progress([one, two], plain())

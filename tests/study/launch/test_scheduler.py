@@ -114,11 +114,6 @@ def test_a_requeued_stage_is_ready_again():
     assert [one.id for one in schedule.ready()] == ["a"]
 
 
-def test_the_width_is_that_of_the_widest_level_in_jobs():
-    evals = [stage(f"e{n}", "a", kind="eval") for n in range(5)]
-    assert Schedule([stage("root"), stage("a", "root"), stage("b", "root"), *evals]).width() == 2
-
-
 def test_a_parent_listed_after_its_child_is_refused():
     with pytest.raises(ValueError, match="b is listed before its parent a"):
         Schedule([stage("b", "a"), stage("a")])

@@ -47,7 +47,8 @@ class Tree:
 
     def launch(self, *, slots: int = 1, **options: Any) -> dict[str, Outcome]:
         chosen = {"slots": slots, "preload": (), "handlers": HANDLERS, "grace_seconds": 5.0} | options
-        return launch(self.stages, self.store, LocalOptions(**chosen), self.events.append)
+        on_event = chosen.pop("on_event", self.events.append)
+        return launch(self.stages, self.store, LocalOptions(**chosen), on_event)
 
     def record(self, *whats: str) -> list[dict[str, Any]]:
         return [line for line in handlers.read(self.store.root) if not whats or line["what"] in whats]

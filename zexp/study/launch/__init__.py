@@ -7,9 +7,18 @@ from typing import Any
 
 from zexp.store.folder import Store
 from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, ignore
+from zexp.study.launch.capacity import capacity
 from zexp.study.launch.options import LauncherOptions, LocalOptions, options_of
+from zexp.study.launch.pool import folder as slots_folder
 
-__all__ = ["Event", "LauncherOptions", "LocalOptions", "Outcome", "Stage", "launch", "options_of"]
+__all__ = ["Event", "LauncherOptions", "LocalOptions", "Outcome", "Stage", "check_machine", "launch", "options_of"]
+
+
+def check_machine(requests: Sequence[Mapping[str, Any]], options: LauncherOptions) -> None:
+    """Raise ConfigError if this machine cannot run stages with these requests; starts nothing."""
+    if isinstance(options, LocalOptions):
+        capacity(requests, options)
+        slots_folder()
 
 
 def launch(
@@ -21,6 +30,7 @@ def launch(
     study: str = "run",
     gate: Mapping[str, Any] | None = None,
     detach: bool = False,
+    failed: int = 0,
 ) -> dict[str, Outcome]:
     """Run the stages, parents first, and answer how each ended, by stage id.
 
@@ -30,6 +40,7 @@ def launch(
 
     local: after Ctrl-C or SIGTERM running stages write a state, and everything unfinished is `interrupted`.
     slurm: Ctrl-C ends the watching, the jobs go on, and everything unfinished is `submitted`; with detach at once.
+    failed: how many stages of the study have failed before, for max_failures.
     study: whose stages these are; gate: what zexp.study.gate asks before a training, where nobody stays that could.
     """
     options.check()
@@ -43,4 +54,4 @@ def launch(
     from zexp.study.launch.local import LocalLaunch
 
     assert isinstance(options, LocalOptions)
-    return LocalLaunch(stages, store, options, on_event).run()
+    return LocalLaunch(stages, store, options, on_event, failed).run()

@@ -8,10 +8,19 @@ It starts them, watches them and says how each ended; what a stage computes is t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from zexp.study import ranks
 
 Status = Literal["done", "failed", "diverged", "interrupted", "skipped", "submitted"]
 Happening = Literal["started", "waiting", "retry", "finished", "slot", "stopping", "tick"]
+
+
+class Size(NamedTuple):
+    """What a stage takes of a machine: CPU threads of each of its processes, and how many processes it has."""
+
+    threads: int = 1
+    ranks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +35,10 @@ class Stage:
     phase: str | None = None
     label: str = ""  # what a person calls it
     cost: float = 0.0  # estimated seconds on one slot; 0 = unknown
+
+    @property
+    def size(self) -> Size:
+        return Size(int(self.request.get("threads", 1)), ranks.count(self.request))
 
     def full_request(self) -> dict[str, Any]:
         """The request as its handler gets it."""
@@ -47,7 +60,7 @@ class Outcome:
 class Event:
     """Something that a display may want to show.
 
-    started, waiting (another process holds the stage's lease), retry and finished name a stage; started and finished
+    started, waiting (another process has the stage in hand), retry and finished name a stage; started and finished
     its attempt's folder; finished its outcome. slot and stopping carry a sentence. tick comes twice a second; its text says what
     waits in a queue.
     """
@@ -57,6 +70,11 @@ class Event:
     attempt: Path | None = None
     outcome: Outcome | None = None
     text: str = ""
+
+
+def stopped_after(failures: int) -> str:
+    """Why a stage is skipped that needs no failed one."""
+    return f"stopped after {failures} failure{'s' * (failures != 1)} (hydra.launcher.max_failures)"
 
 
 OnEvent = Callable[[Event], None]

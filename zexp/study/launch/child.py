@@ -17,6 +17,7 @@ import time
 import traceback
 from typing import Any, NoReturn
 
+from zexp.store.lease import LeaseTimes
 from zexp.study.ranks import run_task
 from zexp.study.stages import EXIT_CODES, Ended, Interrupted, Watcher, run_stage
 
@@ -25,10 +26,13 @@ def run_job(job: dict[str, Any], lifeline: int, report: int) -> NoReturn:
     """Run the job's requests and end the process. With one request the exit code says how it ended (EXIT_CODES);
     with several it is that of the last one that is not done.
 
-    job: {store, requests, handlers, grace_seconds}, and tasks if this process is rank 0 of so many that a cluster started. Nothing of the server runs on the way out: no atexit, no finally.
+    job: {store, lease_times, requests, handlers, grace_seconds, devices: CUDA_VISIBLE_DEVICES, None = as it is}, and tasks if this
+    process is rank 0 of so many that a cluster started. Nothing of the server runs on the way out: no atexit, no finally.
     """
     code = EXIT_CODES["failed"]
     try:
+        if job["devices"] is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = job["devices"]  # read when CUDA is first used
         faulthandler.enable(file=2)  # a number: follows the redirection to the stage's log
         threading.Thread(target=_watch, args=(lifeline, job["grace_seconds"]), daemon=True).start()
         code = _run(job, report)
@@ -63,9 +67,12 @@ def _run(job: dict[str, Any], report: int) -> int:
                 waiting = True
 
         watcher = Watcher(started=lambda path: say("started", attempt=str(path)), waiting=on_wait)
-        run = run_task if job.get("tasks", 1) > 1 else run_stage
+        times = LeaseTimes(**job["lease_times"])
         try:
-            ended = run(job["store"], request, handlers=job["handlers"], watcher=watcher)
+            if job.get("tasks", 1) > 1:
+                ended = run_task(job["store"], request, handlers=job["handlers"], watcher=watcher)
+            else:
+                ended = run_stage(job["store"], request, handlers=job["handlers"], watcher=watcher, times=times)
         except Exception as error:  # of ranks that do not meet: there is no attempt yet that could hold it
             traceback.print_exc()
             ended = Ended("failed", "".join(traceback.format_exception_only(error)).strip())
@@ -93,7 +100,10 @@ def main() -> NoReturn:
         if not got:
             os._exit(EXIT_CODES["failed"])
         line += got
-    run_job(json.loads(line), lifeline, report)
+    job = json.loads(line)
+    for number in (lifeline, report, *job["lease"]):  # kept open by this process, not by programs that a stage starts
+        os.set_inheritable(number, False)
+    run_job(job, lifeline, report)
 
 
 if __name__ == "__main__":

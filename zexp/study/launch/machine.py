@@ -6,7 +6,7 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,15 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
 )
 _MIG = re.compile(r"^\s+MIG .*\(UUID: (MIG-[^)]+)\)")
-_GPU = re.compile(r"^GPU \d+: .*\(UUID: (GPU-[^)]+)\)")
+_GPU = re.compile(r"^GPU \d+: (.*) \(UUID: (GPU-[^)]+)\)")
+_UUID = re.compile(r"(GPU|MIG)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def cores() -> int:
-    """CPU cores that this process may use: its affinity, and a container's quota, rounded down."""
+def core_numbers() -> list[int]:
+    """The CPU cores that this process may use: of its affinity, at most as many as a container's quota, rounded down."""
     known = getattr(os, "sched_getaffinity", None)  # Linux has it, macOS has not
-    count = len(known(0)) if known is not None else os.cpu_count() or 1
-    return max(1, math.floor(min(count, _quota())))
+    numbers = sorted(known(0)) if known is not None else list(range(os.cpu_count() or 1))
+    return numbers[: max(1, math.floor(min(len(numbers), _quota())))]
 
 
 def _quota() -> float:
@@ -47,11 +48,36 @@ def gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
     preset = environ.get("CUDA_VISIBLE_DEVICES")
     if preset is not None:
         return _visible(preset)
+    return [uuid for _, uuid in parse_gpus(_listing())]
+
+
+def gpu_names(devices: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What each CUDA_VISIBLE_DEVICES entry is called on the whole machine, whoever set the variable: its UUID.
+
+    An index is looked up in `nvidia-smi -L` where both count alike: CUDA_DEVICE_ORDER=PCI_BUS_ID, or GPUs of one model
+    (CUDA numbers the fastest first). Else it stays an index, and the same GPU under its UUID counts as another one.
+    """
+    if all(_UUID.fullmatch(device) for device in devices):
+        return list(devices)
+    listing = _listing()
+    whole = [(match[1], match[2]) for match in map(_GPU.match, listing.splitlines()) if match]
+    uuids = [uuid for _, uuid in whole] + [uuid for _, uuid in parse_gpus(listing)]
+    counted_alike = environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({model for model, _ in whole}) == 1
+    names = []
+    for device in devices:
+        if device.isdecimal():
+            known = counted_alike and int(device) < len(whole)
+            names.append(whole[int(device)][1] if known else f"GPU-number-{device}")
+        else:  # CUDA takes the beginning of a UUID, too
+            names.append(next((uuid for uuid in uuids if uuid.startswith(device)), device))
+    return names
+
+
+def _listing() -> str:
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_gpus(listed.stdout)
+        return ""
 
 
 def _visible(preset: str) -> list[str]:
@@ -72,35 +98,18 @@ def no_gpu() -> ConfigError:
     )
 
 
-def parse_gpus(listing: str) -> list[str]:
-    """The UUIDs in what `nvidia-smi -L` prints; of a GPU that is divided, those of its MIG instances.
+def parse_gpus(listing: str) -> list[tuple[str, str]]:
+    """(model, UUID) of each GPU in what `nvidia-smi -L` prints; of a GPU that is divided, those of its MIG instances.
 
     UUIDs, because CUDA numbers GPUs by speed and nvidia-smi by bus.
     """
-    found: list[list[str]] = []
+    found: list[list[tuple[str, str]]] = []
     for line in listing.splitlines():
         if match := _GPU.match(line):
-            found.append([match[1]])
+            found.append([(match[1], match[2])])
         elif (match := _MIG.match(line)) and found:
-            found[-1].append(match[1])
-    return [uuid for gpu in found for uuid in (gpu[1:] or gpu)]
-
-
-def slots(device: str, threads: int, ranks: int = 1, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The CUDA_VISIBLE_DEVICES of each slot: one slot for each `ranks` GPUs, else for each `ranks` · `threads` cores,
-    without GPUs.
-
-    device: auto | cpu | cuda. With cuda and no GPU the answer is empty. Raises ConfigError for fewer GPUs than ranks.
-    """
-    found = [] if device == "cpu" else gpus(environ)
-    if 0 < len(found) < ranks:
-        raise ConfigError(
-            f"parallelism.data = {ranks}: each rank has a GPU of its own, and this machine shows {len(found)}.\n"
-            f"  Set parallelism.data to {len(found)} or less, or execution.device=cpu."
-        )
-    if found or device == "cuda":
-        return [",".join(found[first : first + ranks]) for first in range(0, len(found) - ranks + 1, ranks)]
-    return [""] * max(1, cores() // (threads * ranks))
+            found[-1].append((found[-1][0][0], match[1]))
+    return [one for gpu in found for one in (gpu[1:] or gpu)]
 
 
 @dataclass(frozen=True)

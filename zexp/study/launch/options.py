@@ -50,12 +50,23 @@ class LocalOptions(LauncherOptions):
 
     backend: str = "local"
     slots: int | None = None  # at most so many at once; None = as many as the machine has
+    gpus_per_stage: int = 1  # so many GPUs for each stage
+    stages_per_gpu: int = 1  # so many stages share a GPU
     start_method: str = "spawn" if platform.system() == "Darwin" else "fork"
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.slots is not None and (not is_whole(self.slots) or self.slots < 1):
             found.append(f"{WHERE}.slots = {self.slots!r}: give a number from 1 on, or null for the whole machine.")
+        for key in ("gpus_per_stage", "stages_per_gpu"):
+            value = getattr(self, key)
+            if not is_whole(value) or value < 1:
+                found.append(f"{WHERE}.{key} = {value!r}: give a number from 1 on.")
+        if not found and self.gpus_per_stage > 1 and self.stages_per_gpu > 1:
+            found.append(
+                f"{WHERE}.gpus_per_stage = {self.gpus_per_stage} and stages_per_gpu = {self.stages_per_gpu}: a stage has "
+                "several GPUs, or a GPU has several stages. Leave one of the two at 1."
+            )
         if self.start_method not in ("fork", "spawn"):
             found.append(f"{WHERE}.start_method = {self.start_method!r}: give fork or spawn.")
         return found

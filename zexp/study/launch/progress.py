@@ -216,7 +216,8 @@ def failures(stages: Sequence[Named], outcomes: Mapping[str, Outcome], console: 
     for reason, names in reasons.items():
         which = names[0] if len(names) == 1 else f"{len(names)} of {len(outcomes)} stages are not done"
         console.print(f"[yellow]interrupted[/]: {escape(which)}" + (f": {escape(reason)}" if reason else ""), soft_wrap=True)
-    stopped = Counter(outcome.error for _, outcome in of["skipped"] if "hydra.launcher" in (outcome.error or ""))
+    # Not those that need one of the failed ones: the study was stopped.
+    stopped = Counter(outcome.error for _, outcome in of["skipped"] if "max_failures" in (outcome.error or ""))
     for why, count in stopped.items():
         console.print(f"skipped {count} stage{'s' * (count != 1)}: {escape(why or '')}", soft_wrap=True)
     if rest := len(of["skipped"]) - sum(stopped.values()):

@@ -8,7 +8,7 @@ evals, because importing lm_eval takes seconds, and stages shorter than starting
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zexp.study.launch.base import Stage
+from zexp.study.launch.base import Size, Stage
 
 TINY_SECONDS = 2.0  # shorter stages of one kind may share a job …
 TINY_JOB_SECONDS = 10.0  # … of at most so long
@@ -18,9 +18,13 @@ EVAL_JOB_SECONDS = 30.0  # evals of several states share a job of at most so lon
 
 @dataclass(frozen=True)
 class Job:
-    """Stages that one child process runs one after another; none waits for another of them."""
+    """Stages that one child process runs one after another; none waits for another of them, all have one size."""
 
     stages: tuple[Stage, ...]
+
+    @property
+    def size(self) -> Size:
+        return self.stages[0].size
 
     @property
     def cost(self) -> float:
@@ -53,6 +57,7 @@ class Schedule:
         self.rank = self._ranks()
         self._position = {stage_id: n for n, stage_id in enumerate(self.stages)}
         self._waiting = dict.fromkeys(self.stages)
+        self._elsewhere: set[str] = set()  # of those that wait
         self._running: set[str] = set()
         self._done: set[str] = set()
 
@@ -72,28 +77,39 @@ class Schedule:
     def unfinished(self) -> list[Stage]:
         return [stage for stage in self.stages.values() if stage.id in self._waiting or stage.id in self._running]
 
-    def width(self) -> int:
-        """How many jobs are likely to run at once: the widest level of the tree, in jobs."""
-        depth: dict[str, int] = {}
-        levels: dict[int, set[tuple[str, ...]]] = {}
-        for stage_id, parents in self._parents.items():
-            depth[stage_id] = 1 + max((depth[p] for p in parents), default=0)
-            levels.setdefault(depth[stage_id], set()).add(_key(self.stages[stage_id]))
-        return max((len(keys) for keys in levels.values()), default=0)
-
     def ready(self) -> list[Stage]:
-        """Stages whose parents are all in place, the longest remaining path first."""
-        found = [self.stages[s] for s in self._waiting if all(p in self._done for p in self._parents[s])]
+        """Stages that can start: their parents are in place, nobody else has them. The longest remaining path first."""
+        waiting = [s for s in self._waiting if s not in self._elsewhere]
+        found = [self.stages[s] for s in waiting if all(p in self._done for p in self._parents[s])]
         return sorted(found, key=lambda stage: (-self.rank[stage.id], self._position[stage.id]))
 
     def jobs(self, idle: int) -> list[Job]:
         """What `idle` slots should do: at most so many jobs, the most urgent first. Nothing is started by asking."""
-        return group(self.ready(), idle)[:idle]
+        ready = self.ready()
+        by_size: dict[Size, list[Stage]] = {}
+        for stage in ready:
+            by_size.setdefault(stage.size, []).append(stage)
+        jobs = [job for stages in by_size.values() for job in group(stages, idle)]
+        if len(by_size) > 1:
+            place = {stage.id: n for n, stage in enumerate(ready)}
+            jobs.sort(key=lambda job: min(place[stage.id] for stage in job.stages))
+        return jobs[:idle]
 
     def start(self, job: Job) -> None:
         for stage in job.stages:
             del self._waiting[stage.id]
             self._running.add(stage.id)
+
+    def elsewhere(self) -> list[Stage]:
+        """Waiting stages that another process has in hand."""
+        return [self.stages[s] for s in self._waiting if s in self._elsewhere]
+
+    def leave(self, stage_id: str) -> None:
+        """Another process has a waiting stage in hand: it is not ready until take_back()."""
+        self._elsewhere.add(stage_id)
+
+    def take_back(self, stage_id: str) -> None:
+        self._elsewhere.discard(stage_id)
 
     def requeue(self, stage_id: str) -> None:
         """A running stage did not end: it may be started again."""
@@ -104,6 +120,7 @@ class Schedule:
         """A stage ended; returns the descendants that are skipped because it is not done."""
         self._running.discard(stage_id)
         self._waiting.pop(stage_id, None)
+        self._elsewhere.discard(stage_id)
         if done:
             self._done.add(stage_id)
             return []

@@ -8,7 +8,10 @@ Driver and server exchange JSON lines over a unix-domain socket; the driver conn
 
     server → driver   {op: hello, slot, pid}   {op: ready}   {op: failed, error}
                       {op: started|waiting|ended, stage, …} as the child says it   {op: exit, status}
-    driver → server   {op: run, job}   {op: stop} (SIGTERM)   {op: kill}   end of file: stop, then exit
+    driver → server   {op: run, job, lease}   {op: stop} (SIGTERM)   {op: kill}   {op: leave}   end of file: stop, then exit
+
+With a job come `lease` descriptors, the locks of what it may use (pool.py). The child inherits them; the server closes its
+own when the child has ended. Between jobs a server holds nothing.
 """
 
 from __future__ import annotations
@@ -25,23 +28,24 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 LINE_BYTES = 1 << 16
+DESCRIPTORS = 64  # with one message; Linux takes 253
 
 
 def serve(
-    address: str, driver_pid: str, slot: str, devices: str, preload: str, start_method: str, grace_seconds: str
+    address: str, driver_pid: str, slot: str, preload: str, start_method: str, grace_seconds: str
 ) -> NoReturn:
     """Serve a driver until it goes away; strings only, because submitit pickles them.
 
-    address: the driver's socket, in a folder of its own; devices: CUDA_VISIBLE_DEVICES; preload: modules, joined by commas.
+    address: the driver's socket, in a folder of its own; preload: modules, joined by commas.
     """
     os.setsid()  # Ctrl-C and a closed terminal are the driver's business: it has the children write a state
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(number, signal.SIG_DFL)  # submitit's handlers would swallow SIGTERM
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked around the submission
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices
     driver = socket.socket(socket.AF_UNIX)
     try:
         driver.connect(address)
@@ -80,6 +84,8 @@ class Server:
         self._kill_at: float | None = None
         self._from_driver = b""
         self._from_child = b""
+        self._received: list[int] = []  # descriptors whose job has not been read yet
+        self._lease: list[int] = []  # those of the child's job
         self._selector = selectors.DefaultSelector()
         self._heard, self._wake = socket.socketpair()
 
@@ -119,9 +125,12 @@ class Server:
 
     def _hear_driver(self) -> None:
         try:
-            got = self.driver.recv(LINE_BYTES)
+            got, descriptors, _, _ = socket.recv_fds(self.driver, LINE_BYTES, DESCRIPTORS)
         except OSError:
-            got = b""
+            got, descriptors = b"", []
+        for number in descriptors:
+            os.set_inheritable(number, False)  # forks inherit it all the same; programs that a stage starts do not
+        self._received += descriptors
         if not got:
             self._leave()
             return
@@ -129,7 +138,7 @@ class Server:
         for line in lines:
             message = json.loads(line)
             if message["op"] == "run":
-                self._start(message["job"])
+                self._start(message["job"], message["lease"])
             elif message["op"] == "stop":
                 self._terminate()
             elif message["op"] == "kill":
@@ -156,8 +165,9 @@ class Server:
         for line in lines:
             self._say(**json.loads(line))
 
-    def _start(self, job: dict[str, Any]) -> None:
+    def _start(self, job: dict[str, Any], lease: int) -> None:
         assert self._child is None, "a slot runs one job at a time"
+        self._lease, self._received = self._received[:lease], self._received[lease:]
         read_job, self._lifeline = os.pipe()
         self._report, write_report = os.pipe()
         os.set_blocking(self._report, False)
@@ -190,11 +200,11 @@ class Server:
             os._exit(1)
 
     def _spawn(self, job: dict[str, Any], read_job: int, write_report: int) -> int:
-        for number in (read_job, write_report):
+        for number in (read_job, write_report, *self._lease):
             os.set_inheritable(number, True)
         command = [sys.executable, "-m", "zexp.study.launch.child", str(read_job), str(write_report)]
         pid = os.posix_spawn(sys.executable, command, os.environ, setpgroup=0)
-        os.write(self._lifeline, json.dumps(job).encode() + b"\n")
+        os.write(self._lifeline, json.dumps({**job, "lease": self._lease}).encode() + b"\n")
         return pid
 
     def _ended(self, status: int) -> None:
@@ -206,8 +216,9 @@ class Server:
                 self._hear_child()
         except BlockingIOError:
             self._selector.unregister(self._report)  # somebody that the stage started still has it open
-        os.close(self._report)
-        os.close(self._lifeline)
+        for number in (self._report, self._lifeline, *self._lease):
+            os.close(number)
+        self._lease = []
         self._child, self._kill_at, self._from_child = None, None, b""
         self._say(op="exit", status=status)
 
@@ -238,3 +249,10 @@ def _is_gone(pid: int) -> bool:
 
 def _send(to: socket.socket, **message: Any) -> None:
     to.sendall(json.dumps(message).encode() + b"\n")
+
+
+def send_job(to: socket.socket, job: dict[str, Any], descriptors: Sequence[int]) -> None:
+    """What a driver sends: a job with the descriptors of its lease, which stay open here."""
+    for first in range(0, len(descriptors), DESCRIPTORS):
+        socket.send_fds(to, [b" "], list(descriptors[first : first + DESCRIPTORS]))  # JSON may begin with blanks
+    _send(to, op="run", job=job, lease=len(descriptors))

@@ -30,6 +30,7 @@ from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
 from zexp.study import gate
 from zexp.study.launch import ended
+from zexp.study.launch.base import stopped_after
 from zexp.study.launch.slurm import cluster, submission
 from zexp.study.ranks import run_task
 from zexp.study.stages import NEED_TORCH, Result, divergence, is_done, stage_folder
@@ -361,7 +362,7 @@ class _Job:
         failed = sorted(os.listdir(folder / "failed"))
         if len(failed) < most:
             return
-        reason = f"the study was stopped after {len(failed)} failed stages (hydra.launcher.max_failures = {most})"
+        reason = stopped_after(len(failed))
         files.write_json(folder / submission.STOPPED, {"reason": reason, "failed": failed})
         others = [id for id in submission.Submission("", folder).jobs() if id != _id()]
         print(f"{reason}; its other jobs are cancelled", flush=True)
@@ -400,8 +401,8 @@ def _be_the_child(
             os.close(end)
         from zexp.study.launch.child import run_job
 
-        job = {"store": unit["store"], "requests": [request], "handlers": unit["handlers"], "tasks": unit["tasks"]}
-        run_job({**job, "grace_seconds": unit["grace_seconds"]}, read_job, write_report)
+        job = {key: unit[key] for key in ("store", "handlers", "tasks", "grace_seconds", "lease_times")}
+        run_job({**job, "requests": [request], "devices": None}, read_job, write_report)
     finally:
         os._exit(1)
 

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,6 +173,7 @@ def _write_units(
             one.unit(number),
             {
                 "store": str(store.root),
+                "lease_times": asdict(store.lease_times),
                 "gate": None if asked is None else str(asked),
                 "retries": options.retries,
                 "max_failures": options.max_failures,
