@@ -26,6 +26,7 @@ from zexp.store.attempt import AttemptRecord
 from zexp.store.folder import StageFolder, Store
 from zexp.store.process import known_dead, this_process
 from zexp.study import names
+from zexp.study.launch import driver
 from zexp.study.launch.slurm import cluster, submission
 from zexp.study.launch.slurm.lookup import StageJob, jobs_of
 
@@ -212,8 +213,13 @@ def cancel(arguments: list[str]) -> int:
 
 
 def _cancel_study(store: Store, study: str) -> int:
-    stopped = _scancel(store, study, None)
-    print(stopped or f"Nothing of {study} runs or waits.")
+    lines = [_scancel(store, study, None)]
+    found = driver.running(store, study)
+    if driver.stop(store, study):
+        lines.append(f"{study} was told to stop: its running stages write a state first.")
+    elif found is not None:
+        raise ConfigError(f"{study} is driven by process {found['pid']} on {found['host']}. Cancel it there.")
+    print("\n".join(filter(None, lines)) or f"Nothing of {study} runs or waits.")
     return 0
 
 

@@ -67,7 +67,7 @@ def act(composed: list[Composed], request: Request) -> Acted:
     ahead = _ahead(request, plan, store, study)
     for text in [] if ahead is None else ahead.warnings():
         print(f"Warning: {text}", file=sys.stderr)
-    for text in [] if ahead is None else nearest.lines(ahead.nearest, most=1):
+    for text in [] if ahead is None else nearest.lines([one for one in ahead.nearest if one.expected], most=1):
         print(text)
     change = record.record(study["name"], study, plan, store)
     line = change.line(study["name"])

@@ -39,6 +39,12 @@ class Nearest:
     stages: list[Stage]
     found: str
     differences: list[Difference]
+    named: bool = False  # the study had another stage under the same variant's name
+
+    @property
+    def expected(self) -> bool:
+        """The user has a reason to believe that it is in the store: it was once, or the code has changed since."""
+        return self.named or all(one.leaf.startswith("numerics.") for one in self.differences)
 
     def line(self) -> str:
         first, more = self.stages[0], len(self.stages) - 1
@@ -129,7 +135,7 @@ def nearest(plan: Plan, finder: Finder, study: str) -> list[Nearest]:
         if key in groups:
             groups[key].stages.append(stage)
         else:
-            groups[key] = Nearest([stage], *found)
+            groups[key] = Nearest([stage], *found, named=stage.id in recorded)
     return list(groups.values())
 
 
