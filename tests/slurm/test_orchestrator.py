@@ -295,5 +295,5 @@ def test_a_dead_rank_ends_the_stage_quickly_with_its_reason(cluster: Cluster, tm
     os.kill(max(other), signal.SIGKILL)
     said, _ = process.communicate(timeout=90)
     assert process.returncode == 1 and time.monotonic() - began < 60, said
-    assert "rank 1" in said, said
+    assert "Rank 1" in said and "ended without a word" in said, said
     wait_for(lambda: not jobs(cluster), 30)

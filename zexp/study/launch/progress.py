@@ -7,6 +7,7 @@ On a terminal the lines move; elsewhere (a file, a CI log) a line is printed whe
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -242,8 +243,10 @@ def say_count(number: float) -> str:
 
 
 def _last_line(text: str | None) -> str:
+    """What a traceback says in the end, though the exception's own text may have more lines."""
     lines = (text or "").strip().splitlines()
-    return lines[-1].strip() if lines else ""
+    said = [line for line in lines if re.match(r"[A-Za-z_][\w.]*: ", line)]
+    return (said or lines or [""])[-1].strip()
 
 
 def _indented(text: str) -> str:
