@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import polars
 import pytest
 
 from tests.slurm.cluster import Cluster
@@ -297,3 +298,20 @@ def test_a_dead_rank_ends_the_stage_quickly_with_its_reason(cluster: Cluster, tm
     assert process.returncode == 1 and time.monotonic() - began < 60, said
     assert "Rank 1" in said and "ended without a word" in said, said
     wait_for(lambda: not jobs(cluster), 30)
+
+
+def test_what_a_task_loads_from_the_hub_is_there_for_nodes_that_may_not_ask_it(cluster: Cluster, tmp_path: Path) -> None:
+    from tests.study.test_hub import YAML
+
+    polars.DataFrame({"question": [f"is {n} a number?" for n in range(8)]}).write_parquet(tmp_path / "test.parquet")
+    folder = Folder(tmp_path)
+    folder.environment.pop("HF_HOME", None)
+    folder.study("far", {"one": []})
+    (folder.path / "evals").mkdir()
+    (folder.path / "evals/far.yaml").write_text(YAML.format(path=tmp_path / "away"))
+    (tmp_path / "away/data").mkdir(parents=True)
+    (tmp_path / "test.parquet").rename(tmp_path / "away/data/test-0.parquet")
+    done = folder.zexp("run", "+sweeps=far", "eval.tasks=[far]", *SLURM)
+    assert done.returncode == 0 and "Fetching the data of far" in done.stdout, done.stdout + done.stderr
+    (script,) = {path.read_text().split("HF_HOME=")[1].split()[0] for path in folder.store.glob("studies/far/submissions/1/slurm/*.sh")}
+    assert script == str(folder.store / "hub")

@@ -13,12 +13,12 @@ from zexp.config.errors import ConfigError, Problems
 from zexp.config.places import evals_dir
 from zexp.evaluate import builders, names
 from zexp.evaluate.definitions import Definition, definitions
+from zexp.evaluate.fetch import LOCAL
 from zexp.store.files import sha256_file
 
 NUMERICS = {"evaluate": 1}  # how requests become token ids and log-likelihoods: model.py
 BPB = "bpb"  # the one YAML that serves every source, as bpb_<source>
 SMALLEST_CONTEXT = 2
-_LOCAL = ("json", "csv", "text", "parquet")  # dataset_path values that mean files of one's own
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _fingerprints(definition: Definition, directory: Path) -> dict[str, Any]:
     found: dict[str, Path] = {
         file.relative_to(definition.path.parent).as_posix(): file for file in definition.files if file.suffix == ".py"
     }
-    if definition.documents is None and definition.config.get("dataset_path") in _LOCAL:
+    if definition.documents is None and definition.config.get("dataset_path") in LOCAL:
         kwargs = definition.config.get("dataset_kwargs")
         listed = list(_data_files(kwargs.get("data_files") if isinstance(kwargs, dict) else None))
         if not listed:

@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ import torch
 
 from zexp.data import tokenizer as tokenizers
 from zexp.evaluate import results
+from zexp.evaluate.fetch import LOCAL
 from zexp.evaluate.tasks import BASELINES, DOCUMENTS
 from zexp.store import files
 from zexp.store.attempt import Attempt
@@ -99,19 +100,26 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
 
 def _tasks(store: Store, semantic: Mapping[str, Any], request: Mapping[str, Any], attempt: Attempt) -> tuple[Any, bool]:
     """(lm-eval's task dict, whether the name is of several tasks)."""
-    task, own = semantic["task"], request["eval"]
+    documents = None if semantic["tasks"] is None else _documents(store, semantic["tasks"])
+    return built(semantic["task"], request["eval"], attempt.scratch("datasets"), documents)
+
+
+def built(
+    task: Mapping[str, Any], own: Mapping[str, Any], cache: Path, documents: list[dict[str, Any]] | None = None
+) -> tuple[Any, bool]:
+    """The same of a task alone; its data is loaded by that. own: request["eval"]; cache: a folder for what `datasets` makes of
+    local files; documents: those of a task whose documents a stage has made."""
     if task["yaml"] is None:
         return _lm_evals_own(task, own["index"])
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
     config = _resolved(task["yaml"], Path(own["yaml"]).parent)
-    if semantic["tasks"] is not None:
-        documents = _documents(store, semantic["tasks"])
+    if documents is not None:
         made = {config["test_split"]: datasets.Dataset.from_list(documents)}
         config["custom_dataset"] = lambda **_: made
     else:
-        config["dataset_kwargs"] = _local_kwargs(config, Path(own["directory"]), attempt)
+        config["dataset_kwargs"] = _local_kwargs(config, Path(own["directory"]), cache)
         _check_files(task, Path(own["yaml"]).parent, Path(own["directory"]))
     build = config.get("class", ConfigurableTask)
     metadata = config.get("metadata")
@@ -119,7 +127,7 @@ def _tasks(store: Store, semantic: Mapping[str, Any], request: Mapping[str, Any]
     config["metadata"] = (
         {"version": metadata["version"]} if isinstance(metadata, dict) and "version" in metadata else {}
     )
-    with _offline():
+    with _offline() if documents is not None or config.get("dataset_path") in LOCAL else nullcontext():
         return {"tasks": {task["name"]: build(config=config)}}, False
 
 
@@ -237,12 +245,12 @@ def _module_of(file: Path) -> ModuleType:
     return module
 
 
-def _local_kwargs(config: Mapping[str, Any], directory: Path, attempt: Attempt) -> dict[str, Any]:
+def _local_kwargs(config: Mapping[str, Any], directory: Path, cache: Path) -> dict[str, Any]:
     """dataset_kwargs with data_files found from the directory of the plan, and a cache that goes with the attempt."""
     kwargs = dict(config.get("dataset_kwargs") or {})
     if "data_files" in kwargs:
         kwargs["data_files"] = _absolute(kwargs["data_files"], directory)
-        kwargs["cache_dir"] = str(attempt.scratch("datasets"))
+        kwargs["cache_dir"] = str(cache)
     return kwargs
 
 

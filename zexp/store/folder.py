@@ -51,6 +51,12 @@ class Store:
         """What may be deleted at any time."""
         return self.root / "cache"
 
+    @property
+    def hub(self) -> Path:
+        """HF_HOME of processes that may not ask the Hugging Face hub; the environment may name another folder."""
+        said = os.environ.get("HF_HOME")
+        return Path(said).expanduser().absolute() if said else self.root / "hub"
+
     def study(self, name: str) -> Path:
         return self.root / "studies" / name
 

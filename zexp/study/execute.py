@@ -179,8 +179,9 @@ def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
             retention.drop_optimizer(store.folder("trajectory", stage.full_id), stage.to)
 
 
-def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
+def _options(request: Request, plan: plans.Plan, store: Store) -> LauncherOptions:
     """The launcher's options, checked, with what the stages ask of this machine or cluster, before anything is written."""
+    from zexp.study import hub
     from zexp.study.dispatch import to_launch
     from zexp.study.launch import check_machine, options_of
     from zexp.study.launch.slurm import SlurmOptions, preflight
@@ -188,6 +189,8 @@ def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
     options = options_of(request.launcher)
     if isinstance(options, SlurmOptions):
         preflight([to_launch(stage, 0.0) for stage in plan.to_do], options)
+        if options.offline:
+            hub.fetch(hub.to_fetch(plan, store), store)
     else:
         check_machine([stage.request for stage in plan.to_do], options)
     return options
@@ -195,7 +198,7 @@ def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
 
 def _ahead(request: Request, plan: plans.Plan, store: Store, study: dict[str, Any]) -> Outlook | None:
     """What is known before it runs. None if nothing is to do; raises ConfigError for what cannot run here."""
-    return outlook(plan, store, _options(request, plan), study["name"]) if plan.to_do else None
+    return outlook(plan, store, _options(request, plan, store), study["name"]) if plan.to_do else None
 
 
 def _detach(composed: list[Composed]) -> bool:

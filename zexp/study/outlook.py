@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zexp.store.folder import Store
-from zexp.study import estimate, fits, nearest
+from zexp.study import estimate, fits, hub, nearest
 from zexp.study.catalogue import Catalogue
 from zexp.study.dispatch import to_launch
 from zexp.study.estimate import Estimate
@@ -37,6 +37,7 @@ class Outlook:
     device_seconds: float | None
     needs: list[fits.Need]
     nearest: list[Nearest]
+    to_fetch: list[dict[str, Any]]
 
     @property
     def costs(self) -> dict[str, float]:
@@ -47,7 +48,7 @@ class Outlook:
         """For people. Nothing where nothing is to do."""
         if not self.estimates:
             return []
-        said = [self._time(), self._chain(), fits.line(self.needs, self.queue), *self.queue.lines(), self._jobs()]
+        said = [self._time(), self._chain(), fits.line(self.needs, self.queue), *self.queue.lines(), self._jobs(), self._fetch()]
         return [text for text in said if text is not None]
 
     def warnings(self) -> list[str]:
@@ -87,6 +88,11 @@ class Outlook:
         costs = self.costs
         return summary([to_launch(stage, costs[stage.id]) for stage in self.plan.to_do], self.options)
 
+    def _fetch(self) -> str | None:
+        """What this machine would fetch for nodes that do not reach the hub."""
+        names = [one["task"]["name"] for one in self.to_fetch]
+        return f"To be fetched from the hub before anything is submitted: {', '.join(names)}." if names else None
+
     def to_json(self) -> dict[str, Any]:
         sources = [one.source for one in self.estimates.values()]
         hours = None if self.device_seconds is None else self.device_seconds / 3600
@@ -104,6 +110,7 @@ class Outlook:
             },
             "queue": self.queue.to_json(),
             "memory": [need.to_json() for need in self.needs],
+            "fetch": [one["task"]["name"] for one in self.to_fetch],
             "nearest": [one.to_json() for one in self.nearest],
             "warnings": self.warnings(),
         }
@@ -125,6 +132,7 @@ def outlook(plan: Plan, store: Store, options: LauncherOptions, study: str) -> O
         _device_seconds(plan, found, queue),
         needs,
         nearest.nearest(plan, Finder(catalogue), study),
+        hub.to_fetch(plan, store) if isinstance(options, SlurmOptions) and options.offline else [],
     )
 
 

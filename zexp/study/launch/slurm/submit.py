@@ -121,6 +121,7 @@ def _submit(
         "host": socket.gethostname(),
         "name": submission.job_name(store, study),
         "code": None if code is None else str(code),
+        "hub": str(store.hub),
         "units": {str(number): [stage.id for stage in unit.stages] for number, unit in enumerate(units)},
         "arrays": [{"units": list(array.units), "shape": array.shape.line(), "job": None} for array in arrays],
     }
@@ -267,6 +268,7 @@ def _executor(
     variables = environment.of_stages(threads, code)
     if options.offline:
         variables |= {name: value for name, value in OFFLINE.items() if name != "WANDB_MODE" or name not in os.environ}
+        variables["HF_HOME"] = record["hub"]
     parameters = array.shape.parameters()
     extra = {"kill-on-invalid-dep": "yes", "requeue": True, **parameters.pop("additional_parameters")}
     executor.update_parameters(
