@@ -9,7 +9,6 @@ from zexp.config.tokens import say_tokens
 from zexp.store.folder import Store
 from zexp.study.execute import Acted
 from zexp.study.launch import progress
-from zexp.study.launch.slurm.follow import come_back
 from zexp.study.plan import Stage
 from zexp.study.tracking import send_scores
 
@@ -17,13 +16,10 @@ from zexp.study.tracking import send_scores
 def finish(acted: Acted, *, seconds: float) -> int:
     """Print failures and the comparison table, write the report; the exit code. seconds: since the command began."""
     the_plan, outcomes = acted.plan, acted.outcomes
-    if outcomes and all(outcome.status == "submitted" for outcome in outcomes.values()):
-        return 0  # others run it; how to come back was said
     console = Console(highlight=False)
     statuses = {outcome.status for outcome in outcomes.values()}
     if "submitted" in statuses and acted.detached:
-        console.print(come_back(acted.study["name"]), soft_wrap=True)
-        return 0
+        return 0  # others run it; how to come back was said
     if any(outcome.status not in ("done", "skipped") for outcome in outcomes.values()):
         progress.failures(list(the_plan.stages.values()), outcomes, console)
     made = report.build(acted.store.root, acted.study["name"])

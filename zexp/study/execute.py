@@ -229,9 +229,13 @@ def _submit(plan: plans.Plan, study: str, store: Store, ahead: Outlook, *, detac
     """All stages as jobs at once. Whether the supplies suffice the jobs themselves look: nobody may be there to do it."""
     from zexp.study import gate
     from zexp.study.dispatch import run_stages
+    from zexp.study.launch.slurm.follow import come_back
 
     asked = gate.questions(plan, store)
-    return run_stages(plan.to_do, store, ahead.options, ahead.costs, study=study, gate=asked, detach=detach)
+    outcomes = run_stages(plan.to_do, store, ahead.options, ahead.costs, study=study, gate=asked, detach=detach)
+    if detach:
+        print(come_back(store, study))
+    return outcomes
 
 
 def _run(plan: plans.Plan, store: Store, ahead: Outlook) -> dict[str, Any]:

@@ -45,12 +45,16 @@ def start(store: Store, study: str, words: Sequence[str], directory: Path) -> di
 
 def how_to_come_back(store: Store, study: str, record: dict[str, Any]) -> str:
     """What a person is told when the command returns."""
-    named = Path(os.environ.get("ZEXP_STORE", "store")).expanduser().absolute()
-    where = "" if named == store.root else f" --store {shlex.quote(str(store.root))}"
-    name = shlex.quote(study)
+    name, where = shlex.quote(study), where_is(store)
     return (
         f"{study} runs in the background: process {record['pid']} on {record['host']}, which writes to {record['log']}\n"
         f"  zexp status {name} --watch{where}   how far it is\n"
         f"  zexp logs STAGE{where}   what a stage has printed\n"
         f"  zexp cancel {name}{where}   stops it at its next states; the same command goes on from there"
     )
+
+
+def where_is(store: Store) -> str:
+    """What other verbs need to be told to look into this store: nothing, if it is the one that they look into."""
+    named = Path(os.environ.get("ZEXP_STORE", "store")).expanduser().absolute()
+    return "" if named == store.root else f" --store {shlex.quote(str(store.root))}"

@@ -197,7 +197,7 @@ def _asked(*command: str) -> str:
 def _run(*command: str) -> subprocess.CompletedProcess[str] | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, FileNotFoundError):  # a store may be looked at where there is no SLURM
         return None
 
 

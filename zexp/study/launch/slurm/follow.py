@@ -6,6 +6,7 @@ poll for all jobs together: squeue, or sacct where squeue has forgotten a job.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from zexp.store.attempt import AttemptRecord
 from zexp.store.folder import StageFolder, Store
-from zexp.study.launch import ended
+from zexp.study.launch import detach, ended
 from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, Status
 from zexp.study.launch.slurm import cluster, lookup, submission
 from zexp.study.launch.slurm.cluster import Queued
@@ -84,7 +85,7 @@ class Follow:
                     self.on_event(Event(kind="tick", text=self._queue_text()))
                     time.sleep(TICK_SECONDS)
         except KeyboardInterrupt:
-            self.on_event(Event(kind="stopping", text=come_back(self.study)))
+            self.on_event(Event(kind="stopping", text=come_back(self.store, self.study)))
             for stage in self.stages:
                 self._outcomes.setdefault(stage.id, Outcome(status="submitted"))
         else:
@@ -309,9 +310,13 @@ def say_queue(jobs: Sequence[Queued]) -> str:
     return ", ".join(parts)
 
 
-def come_back(study: str) -> str:
-    """What to type when the command has gone and the jobs go on."""
+def come_back(store: Store, study: str) -> str:
+    """What a person is told when the command returns and the jobs go on."""
+    where, name = detach.where_is(store), shlex.quote(study)
     return (
-        f"The jobs go on. To watch: zexp status {study} --watch. To stop them: zexp cancel {study}. The same command again goes on "
-        "watching and submits what is missing."
+        "The jobs go on.\n"
+        f"  zexp status {name} --watch{where}   how far they are\n"
+        f"  zexp logs STAGE -f{where}   what a stage prints\n"
+        f"  zexp cancel {name}{where}   stops them at their next states\n"
+        "The same command again goes on watching, and submits what is missing."
     )
