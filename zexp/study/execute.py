@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from zexp.study.variants import study_name
 
 if TYPE_CHECKING:
     from zexp.study.launch.base import LauncherOptions
+    from zexp.study.trials import Trials
 
 __all__ = ["Acted", "Composed", "Request", "act", "completed", "planned"]
 
@@ -30,10 +33,15 @@ DATA_KINDS = ("tokenizer", "corpus", "packing", "tasks")
 
 @dataclass(frozen=True)
 class Request:
-    """Where and how. launcher: the node hydra.launcher; directory: what relative paths are relative to."""
+    """Where and how. launcher: the node hydra.launcher; directory: what relative paths are relative to.
+
+    on_start: called once the request is found right, before anything runs; trials: the sweep whose batches grow one study.
+    """
 
     launcher: dict[str, Any]
     directory: Path
+    on_start: Callable[[], None] | None = None
+    trials: Trials | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,12 @@ def act(composed: list[Composed], request: Request) -> Acted:
     """Plan the composed configs, run what is missing. Raises ConfigError before anything has started if they are wrong."""
     plan, study, store, variants = planned(composed, request)
     options = _options(request, plan) if plan.to_do else None
-    change = record.record(study["name"], study, plan, store)
+    if request.on_start is not None:
+        request.on_start()
+    trials = request.trials
+    change = record.record(study["name"], study, plan, store, grown=trials is not None and trials.name is not None)
+    if trials is not None:
+        trials.name = study["name"]
     line = change.line(study["name"])
     if line is not None:
         print(line)
@@ -68,7 +81,8 @@ def act(composed: list[Composed], request: Request) -> Acted:
         _create(plan, store)
     outcomes = _run(plan, store, options) if options is not None else {}
     _drop_optimizers(plan, store)
-    return Acted(_job_returns(composed, variants, plan, study, store), plan, study, store, outcomes)
+    worst = _worst(study["metric"], trials.direction if trials is not None else None, plan, store)
+    return Acted(_job_returns(composed, variants, plan, study, store, worst), plan, study, store, outcomes)
 
 
 def planned(composed: list[Composed], request: Request) -> tuple[plans.Plan, dict[str, Any], Store, list[Variant]]:
@@ -77,7 +91,7 @@ def planned(composed: list[Composed], request: Request) -> tuple[plans.Plan, dic
     variants = Resolver(store.root, request.directory).variants(composed)
     plan = plans.build(variants, store)
     plans.check_sources(plan, store)
-    study = _study(composed, variants)
+    study = _study(composed, variants, request.trials)
     _check_metric(study, variants)
     return plan, study, store, variants
 
@@ -91,13 +105,13 @@ def _store(composed: list[Composed]) -> Store:
     return store
 
 
-def _study(composed: list[Composed], variants: list[Variant]) -> dict[str, Any]:
+def _study(composed: list[Composed], variants: list[Variant], trials: Trials | None) -> dict[str, Any]:
     """The composed `study` node with its name settled."""
     study = OmegaConf.to_container(composed[0].config.study, resolve=True)
     assert isinstance(study, dict)
     said = {str(key): value for key, value in study.items()}
     if said["name"] is None:
-        said["name"] = composed[0].choices.get("sweeps")
+        said["name"] = composed[0].choices.get("sweeps") or (trials.name if trials is not None else None)
     ends = [segment.id for variant in variants for segment in variant.chain.segments]
     digest = hashlib.sha256("\n".join(ends).encode()).hexdigest()
     typed = sorted({text for one in composed for text in one.overrides}) if len(composed) == 1 else []
@@ -186,20 +200,49 @@ def _run(plan: plans.Plan, store: Store, options: LauncherOptions) -> dict[str, 
 
 
 def _job_returns(
-    composed: list[Composed], variants: list[Variant], plan: plans.Plan, study: dict[str, Any], store: Store
+    composed: list[Composed], variants: list[Variant], plan: plans.Plan, study: dict[str, Any], store: Store, worst: float
 ) -> list[JobReturn]:
-    """COMPLETED with the study's metric (None without one), or FAILED with the reason."""
+    """COMPLETED with the study's metric (None without one; the worst value if it diverged), or FAILED with the reason."""
     returns = []
     for one, variant in zip(composed, variants, strict=True):
         job = JobReturn(overrides=one.overrides, cfg=one.config, status=JobStatus.COMPLETED)
         missing = _missing(variant, plan, store)
-        if missing is not None:
+        if missing is None:
+            job.return_value = _objective(variant, plan, study["metric"], store)
+        elif _diverged(variant, plan, store):
+            job.return_value = worst if study["metric"] is not None else None
+        else:
             job.status = JobStatus.FAILED
             job.return_value = StageFailed(missing)
-        else:
-            job.return_value = _objective(variant, plan, study["metric"], store)
         returns.append(job)
     return returns
+
+
+def _diverged(variant: Variant, plan: plans.Plan, store: Store) -> bool:
+    """True if a stage of its chain diverged: a result, not a failure."""
+    for stage in (plan.stages[id] for id in plan.segments[variant.name]):
+        found = store.folder("trajectory", stage.full_id).diverged()
+        if found is not None and stage.to is not None and found["tokens"] <= stage.to:
+            return True
+    return False
+
+
+def _worst(metric: str | None, direction: str | None, plan: plans.Plan, store: Store) -> float:
+    """The value of a variant that diverged: infinity on the side that nobody wants, NaN if nobody says which.
+
+    Optuna 2.10 stores infinities, in memory and in SQLite, and its samplers rank them last. direction: of the sweeper;
+    without one the metric's own is looked up among the scores that there are.
+    """
+    if direction is not None:
+        return math.inf if direction == "minimize" else -math.inf
+    task, _, name = (metric or "").partition("/")
+    for one in (plan.stages[found[task]] for found in plan.evals.values() if task in found):
+        result = store.folder("eval", one.full_id).result
+        if result is not None:
+            metrics = json.loads((result / "results.json").read_text(encoding="utf-8"))["metrics"]
+            if name in metrics:
+                return -math.inf if metrics[name]["higher_is_better"] else math.inf
+    return math.nan
 
 
 def _missing(variant: Variant, plan: plans.Plan, store: Store) -> str | None:

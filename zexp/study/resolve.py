@@ -7,12 +7,12 @@ What many variants share (sources, tokenizers, models) is resolved once.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
 from zexp.blocks import resolve as blocks_resolve
 from zexp.calc import match as calc_match
@@ -20,7 +20,6 @@ from zexp.calc import model as calc_model
 from zexp.calc.layout import Layout
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
-from zexp.config.keys import unknown_keys
 from zexp.config.schema import Corpus, Mix, Run, Source
 from zexp.data import recipe
 from zexp.evaluate import plan as evaluate_plan
@@ -29,6 +28,7 @@ from zexp.model.hf import folder as hf_folder
 from zexp.store.fingerprint import DigestCache
 from zexp.store.ids import semantic_id
 from zexp.study import variants
+from zexp.study.typed import run_of
 from zexp.train import phases
 
 
@@ -40,6 +40,11 @@ class Composed:
     choices: dict[str, str | None]
     axes: dict[str, Any]
     overrides: list[str]
+    typed: Callable[[], Run] | None = None  # the config's Run, where whoever composed it knows it; shares parts with others
+
+    def run(self) -> Run:
+        """The typed Run, to be read only. Raises ConfigError as run_of does."""
+        return run_of(self.config) if self.typed is None else self.typed()
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class Resolver:
 
     def variant(self, composed: Composed) -> Variant:
         """One variant, checked whole. Raises ConfigError with all its mistakes."""
-        run = run_of(composed.config)
+        run = composed.run()
         problems = Problems()
         _check_execution(run, problems)
         sources = _sources_of(run, problems)
@@ -360,21 +365,6 @@ def layout_of(run: Run) -> Layout:
         expert=group.expert,
         checkpointing=group.activation_checkpointing,
     )
-
-
-def run_of(config: DictConfig) -> Run:
-    """The typed Run of a composed config. Raises ConfigError naming unknown keys, and a key that has no value."""
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
-    if unknown := unknown_keys({str(key): value for key, value in plain.items() if key != "hydra"}, Run):
-        raise ConfigError(unknown)
-    typed = OmegaConf.merge(OmegaConf.structured(Run), config)
-    try:
-        run = OmegaConf.to_object(typed)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key or 'a key'} has no value. Set it.") from error
-    assert isinstance(run, Run)
-    return run
 
 
 def vocab_size(run: Run, directory: Path) -> int:
