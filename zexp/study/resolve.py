@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from zexp.blocks import resolve as blocks_resolve
 from zexp.calc import match as calc_match
@@ -20,7 +20,7 @@ from zexp.calc import model as calc_model
 from zexp.calc.layout import Layout
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
-from zexp.config.schema import Corpus, Mix, Run, Source
+from zexp.config.schema import Mix, Run, Source
 from zexp.data import recipe
 from zexp.evaluate import plan as evaluate_plan
 from zexp.kernels import select
@@ -279,7 +279,7 @@ class Resolver:
             except ConfigError as error:
                 problems.extend(error.problems)
         problems.raise_if_any()
-        corpus = _plain(run.corpus)
+        corpus = asdict(run.corpus)
         own = {name: semantics[name] for name in run.corpus.sources}
         tokenizer_semantic = recipe.tokenizer_semantic(
             corpus, own, store_root=self.store_root, directory=self.directory
@@ -369,13 +369,7 @@ def layout_of(run: Run) -> Layout:
 
 def vocab_size(run: Run, directory: Path) -> int:
     """Token ids that the run's tokenizer can give, at most. Raises ConfigError if that is a published one that is not there."""
-    return recipe.vocab_size(_plain(run.corpus)["tokenizer"], directory)
-
-
-def _plain(corpus: Corpus) -> dict[str, Any]:
-    plain = OmegaConf.to_container(OmegaConf.structured(corpus), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return recipe.vocab_size(asdict(run.corpus.tokenizer), directory)
 
 
 def _mixes(run: Run) -> list[tuple[str, Mix]]:
