@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -30,17 +31,19 @@ class ZexpSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """The results of all points, as Hydra's sweepers return them: a list of batches."""
         from zexp.config.errors import ConfigError
-        from zexp.study.variants import CommandLine, points
+        from zexp.study.variants import CommandLine, Typed, points
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         fixed: list[str] = []
-        axes: dict[str, list[str]] = {}
+        axes: dict[str, list[Typed]] = {}
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         for override in parser.parse_overrides(arguments):
             if override.is_sweep_override():
                 if not override.is_discrete_sweep():
                     raise ConfigError(f"{override.input_line}: the zexp sweeper takes lists, ranges and globs of values.")
-                axes[override.get_key_element()] = [str(value) for value in override.sweep_string_iterator()]
+                axes[override.get_key_element()] = [
+                    Typed(Transformer.str(value), Override._convert_value(value)) for value in override.sweep_iterator()
+                ]
             else:
                 assert override.input_line is not None
                 fixed.append(override.input_line)
