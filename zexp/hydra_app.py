@@ -162,7 +162,9 @@ def act_on(
     on_start: called before anything runs; trials: the sweep whose batch this is, if its sweeper is not zexp's.
     """
     variants = list(composed) if trials is None else trials.add(composed)
-    request = execute.Request(dict(launcher), Path.cwd(), on_start, trials)
+    options = OmegaConf.to_container(launcher, resolve=True)
+    assert isinstance(options, dict)
+    request = execute.Request({str(key): value for key, value in options.items()}, Path.cwd(), on_start, trials)
     if _Verb.name != "run":
         _show(variants, request)
         if trials is not None and trials.in_batches:

@@ -79,7 +79,9 @@ def act(composed: list[Composed], request: Request) -> Acted:
     if plans.mark(plan, store):  # another study may have changed the store before our pins stood
         options = _options(request, plan) if plan.to_do else None
         _create(plan, store)
-    outcomes = _run(plan, store, options) if options is not None else {}
+    failed = trials.failed if trials is not None else {}
+    outcomes = _run(plan, store, options, failed) if options is not None else {}
+    failed |= {id: outcome for id, outcome in outcomes.items() if outcome.status in ("failed", "diverged")}
     _drop_optimizers(plan, store)
     worst = _worst(study["metric"], trials.direction if trials is not None else None, plan, store)
     return Acted(_job_returns(composed, variants, plan, study, store, worst), plan, study, store, outcomes)
@@ -114,7 +116,7 @@ def _study(composed: list[Composed], variants: list[Variant], trials: Trials | N
         said["name"] = composed[0].choices.get("sweeps") or (trials.name if trials is not None else None)
     ends = [segment.id for variant in variants for segment in variant.chain.segments]
     digest = hashlib.sha256("\n".join(ends).encode()).hexdigest()
-    typed = sorted({text for one in composed for text in one.overrides}) if len(composed) == 1 else []
+    typed = sorted({text for one in composed for text in one.overrides}) if len(composed) == 1 and trials is None else []
     axes = sorted({key for one in composed for key in one.axes})
     said["name"] = study_name(said, typed or axes, digest)
     return said
@@ -182,20 +184,23 @@ def _options(request: Request, plan: plans.Plan) -> LauncherOptions:
     return options
 
 
-def _run(plan: plans.Plan, store: Store, options: LauncherOptions) -> dict[str, Any]:
-    """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
+def _run(plan: plans.Plan, store: Store, options: LauncherOptions, failed: dict[str, Any]) -> dict[str, Any]:
+    """Run what is needed: data first, then, with the exact supplies known, training and evaluation.
+
+    failed: outcomes of stages that failed or diverged in an earlier batch of this sweep: no later one tries them again.
+    """
     from zexp.study.dispatch import run_stages
 
     outcomes: dict[str, Any] = {}
-    data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS]
-    rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]
+    data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS and stage.id not in failed]
+    rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS and stage.id not in failed]
     if data:
-        outcomes |= run_stages(data, store, options)
+        outcomes |= run_stages(data, store, options, before=failed)
         if any(outcome.status == "interrupted" for outcome in outcomes.values()):
             return outcomes
         plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
     if rest:
-        outcomes |= run_stages(rest, store, options, before=outcomes)
+        outcomes |= run_stages(rest, store, options, before={**failed, **outcomes})
     return outcomes
 
 

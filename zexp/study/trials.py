@@ -26,7 +26,7 @@ class Trials:
     """One sweep. master: the config that Hydra gives to the launcher.
 
     direction: minimize, maximize, or None for a sweeper that looks at no score; name: the study's, once the first batch
-    has settled it.
+    has settled it; failed: outcomes of the stages that failed or diverged, by id.
     """
 
     def __init__(self, master: DictConfig) -> None:
@@ -35,6 +35,7 @@ class Trials:
         self._known: dict[tuple[tuple[str, Any], ...], Composed] = {}
         self._short: dict[tuple[str, str], str] = {}  # (axis, short form) -> the value that has it
         self.name: str | None = None
+        self.failed: dict[str, Any] = {}
 
     @property
     def sweeper(self) -> str:
