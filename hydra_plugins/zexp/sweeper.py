@@ -31,19 +31,17 @@ class ZexpSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """The results of all points, as Hydra's sweepers return them: a list of batches."""
         from zexp.config.errors import ConfigError
-        from zexp.study.variants import CommandLine, Typed, points
+        from zexp.study.variants import CommandLine, points
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         fixed: list[str] = []
-        axes: dict[str, list[Typed]] = {}
+        axes: dict[str, list[Any]] = {}
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         for override in parser.parse_overrides(arguments):
             if override.is_sweep_override():
                 if not override.is_discrete_sweep():
                     raise ConfigError(f"{override.input_line}: the zexp sweeper takes lists, ranges and globs of values.")
-                axes[override.get_key_element()] = [
-                    Typed(Transformer.str(value), Override._convert_value(value)) for value in override.sweep_iterator()
-                ]
+                axes[override.get_key_element()] = axis_of(override)
             else:
                 assert override.input_line is not None
                 fixed.append(override.input_line)
@@ -54,3 +52,10 @@ class ZexpSweeper(Sweeper):
         if hasattr(self.launcher, "launch_points"):
             return [self.launcher.launch_points(pairs, 0)]
         return [self.launcher.launch([overrides for _, overrides in pairs], initial_job_idx=0)]
+
+
+def axis_of(override: Override) -> list[Any]:
+    """The values of a sweep override, each as it would be typed and as what it says."""
+    from zexp.study.variants import Typed
+
+    return [Typed(Transformer.str(value), Override._convert_value(value)) for value in override.sweep_iterator()]
