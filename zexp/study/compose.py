@@ -27,6 +27,7 @@ from omegaconf._utils import split_key
 from omegaconf.errors import OmegaConfBaseException
 
 from zexp.config.schema import Run
+from zexp.study.repository import remembering
 from zexp.study.resolve import Composed
 from zexp.study.typed import Parts, run_of
 
@@ -105,8 +106,11 @@ class Composer:
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self.hydra_compositions = 0
-        self._loader = loader
+        self._loader = remembering(loader)
         self._master = master
+        said = OmegaConf.to_container(master.hydra.overrides.hydra)
+        assert isinstance(said, list)
+        _, self._repository = self._loader._parse_overrides_and_create_caching_repo(master.hydra.job.config_name, said)
         self._parser = OverridesParser.create()
         self._parsed: dict[str, Override] = {}
         self._groups: dict[str, bool] = {}
@@ -154,10 +158,7 @@ class Composer:
         if override.is_hydra_override() or key == "hydra":
             return True
         if key not in self._groups:
-            said = OmegaConf.to_container(self._master.hydra.overrides.hydra)
-            assert isinstance(said, list)
-            name = self._master.hydra.job.config_name
-            self._groups[key] = bool(self._loader.get_group_options(key, None, config_name=name, overrides=said))
+            self._groups[key] = self._repository.group_exists(key)
         return self._groups[key] and not isinstance(override.value(), dict)
 
     def _chosen(self, overrides: Sequence[Override]) -> _Choices:
@@ -220,7 +221,8 @@ def _root(like: DictConfig, content: dict[Any, Any], own: Collection[Any] | None
 
 
 def _without_hydra(whole: DictConfig) -> DictConfig:
-    return _root(whole, {key: copy.deepcopy(whole._get_node(key)) for key in whole if key != "hydra"})
+    """A root over the nodes of a whole config, which from then on is only read for Hydra's node and its order."""
+    return _root(whole, {key: whole._get_node(key) for key in whole if key != "hydra"})
 
 
 def _interpolates(node: Any) -> bool:
