@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,17 @@ class Folder:
 
     def __init__(self, path: Path, record: Path) -> None:
         self.path, self._record = path, record
-
-    def zexp(self, verb: str, *words: str) -> int:
         texts = "corpus.sources={base:{kind:text,view:null,files:a.txt},high_quality:{kind:text,view:null,files:a.txt,max_bytes:100K}}"
-        fixed = [
+        self.fixed = [
             texts, "mix.sources.base.max_epochs=null", "anneal=none", "eval=bpb",
             "seq_len=64", "phases.pretrain.tokens=8K", "phases.pretrain.batch_tokens=512", "schedule=constant",
             "schedule.warmup_tokens=1K", "+hydra.launcher.preload=[]",
             f"+hydra.launcher.handlers={fakes.HANDLERS}", "+hydra.callbacks.r._target_=tests.study.fakes.Recorder",
         ]  # fmt: skip
+
+    def zexp(self, verb: str, *words: str) -> int:
         metric = [] if any(word.startswith("study.metric=") for word in words) else [f"study.metric={fakes.METRIC}"]
-        return cli.main([verb, *words, *fixed, *metric])
+        return cli.main([verb, *words, *self.fixed, *metric])
 
     def heard(self, *whats: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self._record.read_text().splitlines()]
@@ -87,6 +89,16 @@ def test_callbacks_are_called_as_by_hydra_all_starts_before_the_first_stage(fold
         assert f"{LR}={lr}" in line["overrides"] and f"{LR}={lr}" in line["dirname"]
     assert folder.zexp("run", f"{LR}=0.001") == 0
     assert [line["what"] for line in folder.heard()[6:]] == ["run start", "job start", "job end", "run end"]
+
+
+def test_a_study_that_is_complete_answers_without_importing_what_trains(folder):
+    assert folder.zexp("run", "-m", f"{LR}=0.001,0.002") == 0
+    heavy = ("torch", "submitit", "lm_eval", "datasets", "polars", "scipy.stats", "optuna", "wandb", "matplotlib", "mpld3")
+    words = ["run", "-m", f"{LR}=0.001,0.002", *folder.fixed, f"study.metric={fakes.METRIC}"]
+    code = f"import sys; from zexp import cli; cli.main({words!r}); print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "Nothing to train: everything was in the store" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_wrong_request_starts_no_job(folder):
