@@ -32,8 +32,12 @@ defaults:
 study: {name: mine, grid: {arch: [a, b]}}
 anneal: {peak_fraction: 0.5}
 eval: {limit: "${seed}"}
-phases: {pretrain: {mix: "${mix}"}}
 precision: ${oc.env:NOWHERE,fp32}
+"""
+
+LISTS = """# @package _global_
+study: {scales: {one: [bpb, cloze]}}
+eval: {tasks: "${study.scales.one}"}
 """
 
 
@@ -44,6 +48,7 @@ class Loader:
         ConfigStore.instance().store(name="schema", node=Run)
         (folder / "sweeps").mkdir(exist_ok=True)
         (folder / "sweeps" / "composed_mine.yaml").write_text(SWEEPS)
+        (folder / "sweeps" / "composed_lists.yaml").write_text(LISTS)
         GlobalHydra.instance().clear()
         initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="zexp")
         hydra = GlobalHydra.instance().hydra
@@ -93,7 +98,7 @@ def typed_or_error(make: Any) -> Any:
 
 
 CHOICES = [
-    "arch=zamba2_tiny", "arch=mamba2_tiny", "arch=zamba2_10m", "anneal=control", "anneal=replay60", "anneal=none", "scale=smoke",
+    "arch=zamba2_tiny", "arch=mamba2_tiny", "arch=zamba2_10m", "anneal=control", "anneal=replay60", "anneal=none", "scale=smoke", "+sweeps=composed_lists",
     "mix@anneal.mix=base", "mix=high_quality", "schedule=cosine", "+sweeps=composed_mine", "~logger", "~mix@anneal.mix", "eval=none",
     "mix@phases.pretrain.mix=base", "+mix@phases.pretrain.mix=base", "arch=[zamba2_tiny]", "arch=none_such", "arch=null",
     "hydra.job.env_set={ZEXP_STORE:elsewhere}", "hydra.job.config.override_dirname.exclude_keys=[seed]",
@@ -106,7 +111,7 @@ VALUES = [
     "phases.pretrain.batch_tokens=${seed}", "store=elsewhere", "+store=elsewhere", "++store=elsewhere", "store=s_${scale}", "~seed",
     "precision=bf16", "optim.betas=[0.9,0.99]", "optim.betas=[0.9]", "+no_such_key=1", "no.such.key=1", "arch.pattern='a d,a'",
     "arch.blocks.m.expand=3", "+arch.blocks.m.new=1", "arch={width:64}", "arch={pattern:[a,d],width:64}", "eval.tasks=[bpb]",
-    "eval.limit=3", "mix={sources:{base:{weight:7}}}", "study.name=hello", "study.grid={}", "logger.project=null", "optim=1",
+    "eval.limit=3", "eval.batch_size=3", "eval.tasks.0=recall", "study.scales.one=[cloze]", "mix={sources:{base:{weight:7}}}", "study.name=hello", "study.grid={}", "logger.project=null", "optim=1",
     "logger.project=${hydra:job.num}", "anneal={tokens:5}", "++anneal={tokens:5}", "anneal.replay.fraction=???", "seed=1,2",
     "corpus.sources.base.kind=${precision}", "init.from_hf='a, b'", "schedule.decay=???", "seed=", "a b",
 ]  # fmt: skip
@@ -121,7 +126,9 @@ VALUES = [
         min_size=1, max_size=3,
     )
 )  # fmt: skip
-@example([["+sweeps=composed_mine", "phases.pretrain.mix.sources={}"], ["+sweeps=composed_mine", "seed=2"], ["+sweeps=composed_mine"]])
+@example([["+sweeps=composed_mine", "seed=1"], ["+sweeps=composed_mine", "seed=2"], ["+sweeps=composed_mine"]])
+@example([["+sweeps=composed_mine", "seed=1", "eval.batch_size=3"], ["+sweeps=composed_mine", "seed=2", "eval.batch_size=3"]])
+@example([["+sweeps=composed_lists", "eval.tasks.0=recall"], ["+sweeps=composed_lists", "eval.batch_size=3", "study.scales.one=[]"]])
 @example([["+sweeps=composed_mine", "scale=tiny", "seed=1"], ["+sweeps=composed_mine", "scale=tiny", "precision=bf16", "seed=1"]])
 @example([["logger.project=${hydra:job.num}", "seed=1"], ["logger.project=${hydra:job.num}", "seed=2"]])
 @example([["anneal=none", "++anneal={tokens:5}"], ["anneal=none", "anneal={tokens:5}", "anneal.tokens=6"]])
@@ -151,9 +158,10 @@ def as_in_a_job(config: DictConfig) -> Run:
         for key, value in config.hydra.job.env_set.items():
             patch.setenv(key, value)
         try:
+            job = without_hydra(config)
             HydraConfig.instance().set_config(config)
-            run_of(config)  # for its errors' texts
-            run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), without_hydra(config)))
+            run_of(job)  # for its errors' texts
+            run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), job))
         finally:
             HydraConfig.instance().cfg = before
     assert isinstance(run, Run)
@@ -181,6 +189,12 @@ def test_a_config_that_is_handed_on_does_not_share_nodes_with_the_others(hydra):
     whole = one.whole()
     whole.optim.weight_decay = 0.5
     assert other.composed.config.optim.weight_decay == one.composed.config.optim.weight_decay == 0.1
+
+
+def test_a_sweep_file_with_interpolations_composes(hydra):
+    config = hydra.hydras(["+sweeps=composed_mine", "scale=tiny", "seed=7"], 0)
+    assert (config.arch.width, config.eval.limit) == (128, 7)
+    assert hydra.hydras(["+sweeps=composed_lists"], 0).eval.tasks == ["bpb", "cloze"]
 
 
 def test_errors_are_hydras(hydra):

@@ -58,7 +58,7 @@ def run_of(config: DictConfig, parts: Parts | None = None, own: Collection[str] 
     """
     known = {} if parts is None else parts
     found: dict[str, Part] = {}
-    for key in (str(key) for key in config if key != "hydra"):
+    for key in (str(key) for key in config):
         part = known.get(id(config._get_node(key)))
         if part is None:
             part = Part(config, key)
