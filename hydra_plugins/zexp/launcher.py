@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, env_override, setup_globals
@@ -40,7 +41,9 @@ class ZexpLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """What other sweepers (basic, optuna) call, perhaps in batches: their points accumulate in one study."""
         points = self.trials.points(job_overrides)
-        return self._launch(points, initial_job_idx, self.trials)
+        returns = self._launch(points, initial_job_idx, self.trials)
+        Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)  # sweepers write there and rely on it
+        return returns
 
     def launch_points(
         self, points: Sequence[tuple[dict[str, Any], list[str]]], initial_job_idx: int

@@ -16,7 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 class ZexpSweeper(Sweeper):
     """Reads `study` from the composed config and launches its points together."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        if options:
+            from zexp.config.errors import ConfigError
+
+            raise ConfigError(
+                f"hydra.sweeper.{', hydra.sweeper.'.join(options)}: zexp's own sweeper has no options. Another one is chosen on "
+                "the command line (hydra/sweeper=optuna): in a study's file the choice comes too late for Hydra."
+            )
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None

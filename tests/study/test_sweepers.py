@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,10 +155,12 @@ def test_ten_trials_of_optuna_a_diverged_one_is_the_worst_and_a_failed_one_is_fa
 def test_a_maximised_metric_of_a_diverged_trial_is_minus_infinity(folder):
     optuna = pytest.importorskip("optuna")
     storage = f"sqlite:///{folder.path}/optuna.db"
+    folder.fixed.pop()  # without callbacks, for which a folder of the job would be made
     words = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
     assert folder.zexp("run", "-m", *words, f"{LR}=choice(0.03)", f"hydra.sweeper.storage={storage}", "hydra.sweeper.study_name=a") == 1
     assert [trial.value for trial in optuna.load_study(study_name="a", storage=storage).trials] == [-math.inf] * 2
     assert len(folder.study()["variants"]) == 1, "the same point twice is one variant"
+    assert (folder.path / "store" / "hydra" / "optimization_results.yaml").is_file()
 
 
 def test_failures_beyond_the_rate_that_the_sweeper_allows_end_it(folder, capsys):
@@ -182,6 +185,20 @@ def test_what_optuna_cannot_do_is_refused(folder, capsys, words, says):
     pytest.importorskip("optuna")
     assert folder.zexp("run", "-m", "hydra/sweeper=optuna", f"{LR}=interval(1e-4,1e-3)", *words) == 2
     assert says in capsys.readouterr().err
+
+
+def test_options_of_another_sweeper_say_how_to_choose_it(folder, capsys):
+    assert folder.zexp("plan", "-m", "+hydra.sweeper.n_trials=3", f"{LR}=0.001,0.002") == 2
+    assert "hydra.sweeper.n_trials: zexp's own sweeper has no options" in capsys.readouterr().err
+
+
+def test_the_optuna_study_of_the_page_is_planned(folder, capsys):
+    pytest.importorskip("optuna")
+    (study,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweepers.md").read_text(), re.DOTALL)
+    (folder.path / "conf" / "sweeps").mkdir(parents=True)
+    (folder.path / "conf" / "sweeps" / "peak.yaml").write_text(study)
+    assert cli.main(["plan", "--json", "+sweeps=peak", "hydra/sweeper=optuna"]) == 0
+    assert json.loads(capsys.readouterr().out)["variants"] == 2
 
 
 def test_a_sweeper_that_is_not_installed_is_named_with_its_extra(monkeypatch):
