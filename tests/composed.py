@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from zexp.config.places import conf_dir
 from zexp.config.schema import Run
-from zexp.study.resolve import run_of
+from zexp.study.typed import run_of
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 
 from zexp import report
@@ -13,9 +15,14 @@ from zexp.study.plan import Stage
 from zexp.study.tracking import send_scores
 
 
-def finish(acted: Acted, *, seconds: float) -> int:
-    """Print failures and the comparison table, write the report; the exit code. seconds: since the command began."""
-    the_plan, outcomes = acted.plan, acted.outcomes
+def finish(batches: Sequence[Acted], *, seconds: float) -> int:
+    """Print failures and the comparison table, write the report; the exit code.
+
+    batches: those of one study, the last with all its variants; seconds: since the command began.
+    """
+    acted = batches[-1]
+    the_plan = acted.plan
+    outcomes = {id: outcome for one in batches for id, outcome in one.outcomes.items()}
     console = Console(highlight=False)
     statuses = {outcome.status for outcome in outcomes.values()}
     if "submitted" in statuses and acted.detached:
@@ -25,7 +32,9 @@ def finish(acted: Acted, *, seconds: float) -> int:
     made = report.build(acted.store.root, acted.study["name"])
     paths = report.write(made)
     report.print_tables(made, console)
-    trained = sum(_trained(the_plan.stages[id], acted.store, outcome.status) for id, outcome in outcomes.items())
+    trained = sum(
+        _trained(one.plan.stages[id], one.store, outcome.status) for one in batches for id, outcome in one.outcomes.items()
+    )
     did = f"{say_tokens(trained)} tokens trained" if outcomes else "Nothing to train: everything was in the store"
     console.print(f"{did}; {seconds:.0f} s." if seconds >= 10 else f"{did}; {seconds:.1f} s.")
     console.print(f"Leaderboard: {paths['html']}", soft_wrap=True)

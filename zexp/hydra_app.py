@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from zexp.study import execute, show, show_calc, why
 from zexp.study.launch import driver, options_of
 from zexp.study.outlook import outlook
 from zexp.study.resolve import Composed
+from zexp.study.trials import Trials
 from zexp.study.variants import GROUPS
 
 
@@ -45,12 +46,17 @@ class _Verb:
     exit_code = 0
     started = 0.0
     refused: ConfigError | None = None
+    acted: list[execute.Acted] = []
+
+
+class _Enough(Exception):
+    """A sweeper would ask for more points, but the verb is done."""
 
 
 def hydra_verb(verb: str, arguments: list[str]) -> int:
     """Compose and act. `--json` stands before the first override. Raises ConfigError for every wrong request."""
     _Verb.name, _Verb.json, _Verb.exit_code, _Verb.started = verb, False, 0, time.monotonic()
-    _Verb.refused = _Verb.budget = _Verb.why = None
+    _Verb.refused, _Verb.budget, _Verb.why, _Verb.acted = None, None, None, []
     words = list(arguments)
     if "--json" in words:
         words.remove("--json")
@@ -77,10 +83,27 @@ def hydra_verb(verb: str, arguments: list[str]) -> int:
     argv, sys.argv = sys.argv, [f"zexp {verb}", *words]
     try:
         app(_task)
+    except _Enough:
+        pass
+    except execute.StageFailed as error:  # which a sweeper found in what its jobs returned
+        print(f"hydra/sweeper: {error}", file=sys.stderr)
+        _Verb.exit_code = 1
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_cause(error)) from error
+    except ValueError as error:
+        if not _Verb.acted or "No trials are completed" not in str(error):  # Optuna's, at its end
+            raise
+        print("hydra/sweeper=optuna: every trial failed, so there is no best one.", file=sys.stderr)
+        _Verb.exit_code = 1
     finally:
         sys.argv = argv
+        if _Verb.acted:
+            from zexp.finish import finish
+
+            code = finish(_Verb.acted, seconds=time.monotonic() - _Verb.started)
+            _Verb.exit_code = max(_Verb.exit_code, code)
+            for store, study in {(acted.store, acted.study["name"]) for acted in _Verb.acted}:
+                driver.ended(store, study, exit_code=code)
     if _Verb.refused is not None:
         raise _Verb.refused
     return _Verb.exit_code
@@ -119,10 +142,11 @@ def _task(config: DictConfig) -> float | None:
     """One composed config, without -m."""
     node = HydraConfig.get()
     said = [key for key in ("grid", "zip", "arms", "seeds") if config.study[key]]
+    said += [f"scales.{config.scale}"] if config.study.scales.get(config.scale) else []
     if said:
         _Verb.refused = ConfigError(
-            f"{', '.join('study.' + key for key in said)} {'names' if len(said) == 1 else 'name'} several variants, but this is a "
-            "single run, which would leave them out. Add -m, or `hydra: {mode: MULTIRUN}` to the study's file."
+            f"{', '.join('study.' + key for key in said)} {'is' if len(said) == 1 else 'are'} for a study's variants, but this is a "
+            f"single run, which would leave {'it' if len(said) == 1 else 'them'} out. Add -m, or `hydra: {{mode: MULTIRUN}}` to the study's file."
         )
         return None
     composed = Composed(config, dict(node.runtime.choices), {}, list(node.overrides.task))
@@ -137,30 +161,45 @@ def _task(config: DictConfig) -> float | None:
 _task.__qualname__ = "zexp"
 
 
-def act_on(composed: Sequence[Composed], launcher: Any) -> list[JobReturn]:
-    """What the verb does with the variants; one JobReturn for each, in order."""
-    variants = list(composed)
-    if _Verb.name == "calc":
-        _Verb.exit_code = show_calc.calc(variants, _Verb.budget, as_json=_Verb.json)
-        return execute.completed(variants)
+def act_on(
+    composed: Sequence[Composed],
+    launcher: Any,
+    on_start: Callable[[], None] | None = None,
+    trials: Trials | None = None,
+) -> list[JobReturn]:
+    """What the verb does with the variants; one JobReturn for each, in order.
+
+    on_start: called before anything runs; trials: the sweep whose batch this is, if its sweeper is not zexp's.
+    """
+    variants = list(composed) if trials is None else trials.add(composed)
     options = OmegaConf.to_container(launcher, resolve=True)
     assert isinstance(options, dict)
-    request = execute.Request({str(key): value for key, value in options.items()}, Path.cwd(), tuple(sys.argv[1:]))
-    if _Verb.name == "plan":
-        plan, study, store, _ = execute.planned(variants, request)
-        if _Verb.why is not None:
-            why.show(why.why(_Verb.why, plan, store), as_json=_Verb.json)
-            return execute.completed(variants)
-        ahead = outlook(plan, store, options_of(request.launcher), study["name"])
-        show.plan(plan, study, store, ahead, as_json=_Verb.json)
-        return execute.completed(variants)
-    from zexp.finish import finish
-
+    request = execute.Request({str(key): value for key, value in options.items()}, Path.cwd(), tuple(sys.argv[1:]), on_start, trials)
+    if _Verb.name != "run":
+        _show(variants, request)
+        if trials is not None and trials.in_batches:
+            print(f"This is the first batch that hydra/sweeper={trials.sweeper} asks for.", file=sys.stderr)
+            raise _Enough
+        return execute.completed(list(composed))
     acted = execute.act(variants, request)
-    code = finish(acted, seconds=time.monotonic() - _Verb.started)
-    _Verb.exit_code = max(_Verb.exit_code, code)
-    driver.ended(acted.store, acted.study["name"], exit_code=code)
-    return acted.job_returns
+    _Verb.acted.append(acted)
+    if trials is None:
+        return acted.job_returns
+    if any(outcome.status == "interrupted" for outcome in acted.outcomes.values()):
+        raise _Enough
+    return [acted.job_returns[place] for place in trials.places(composed)]
+
+
+def _show(variants: list[Composed], request: execute.Request) -> None:
+    if _Verb.name == "calc":
+        _Verb.exit_code = show_calc.calc(variants, _Verb.budget, as_json=_Verb.json)
+        return
+    plan, study, store, _ = execute.planned(variants, request)
+    if _Verb.why is not None:
+        why.show(why.why(_Verb.why, plan, store), as_json=_Verb.json)
+        return
+    ahead = outlook(plan, store, options_of(request.launcher), study["name"])
+    show.plan(plan, study, store, ahead, as_json=_Verb.json)
 
 
 def is_own_task(task: Any) -> bool:
@@ -201,4 +240,6 @@ def _cause(error: BaseException) -> str:
         current = current.__cause__
     if any(re.search(r"dict is not a subclass of \w+", text) for text in texts):
         texts.append("A new entry is added whole: +phases={cool:{tokens:10K}}, +mix.sources={mine:{weight:1}}.")
+    if any("hydra/sweeper/optuna" in text for text in texts):
+        texts.append("Optuna's sweeper is an extra of zexp: pip install 'zexp[optuna]'")
     return "\n".join(texts)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, setup_globals
+from hydra.core.utils import JobReturn, env_override, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 
 class ZexpLauncher(Launcher):
@@ -19,11 +20,11 @@ class ZexpLauncher(Launcher):
 
     def __init__(self, **options: Any) -> None:
         self.options = options
-        self.config: DictConfig | None = None
-        self.hydra_context: HydraContext | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from zexp.hydra_app import is_own_task
+        from zexp.study.compose import Composer
+        from zexp.study.trials import Trials
 
         if not is_own_task(task_function):
             name = getattr(task_function, "__qualname__", repr(task_function))
@@ -33,39 +34,30 @@ class ZexpLauncher(Launcher):
             )
         self.config = config
         self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.composer = Composer(hydra_context.config_loader, config)
+        self.trials = Trials(config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Variants named by those of their overrides that differ: what other sweepers (basic, optuna) call."""
-        made = [_axes_of(overrides) for overrides in job_overrides]
-        fixed = {key for key in made[0] if len({str(axes.get(key)) for axes in made}) == 1} if len(made) > 1 else set()
-        axes = [{key: value for key, value in one.items() if key not in fixed} for one in made]
-        pairs = [(named, list(overrides)) for named, overrides in zip(axes, job_overrides, strict=True)]
-        return self.launch_points(pairs, initial_job_idx)
+        """What other sweepers (basic, optuna) call, perhaps in batches: their points accumulate in one study."""
+        points = self.trials.points(job_overrides)
+        returns = self._launch(points, initial_job_idx, self.trials)
+        Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)  # sweepers write there and rely on it
+        return returns
 
     def launch_points(
         self, points: Sequence[tuple[dict[str, Any], list[str]]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Variants as (axes, overrides): what zexp's sweeper calls. One JobReturn each, in order."""
+        """Variants as (axes, overrides): what zexp's sweeper calls, once. One JobReturn each, in order."""
+        return self._launch(points, initial_job_idx, None)
+
+    def _launch(self, points: Sequence[tuple[dict[str, Any], list[str]]], first: int, trials: Any) -> list[JobReturn]:
         from zexp.hydra_app import act_on
-        from zexp.study.resolve import Composed
+        from zexp.study.jobs import Jobs
 
-        assert self.config is not None and self.hydra_context is not None
         setup_globals()
-        composed = []
-        for index, (axes, overrides) in enumerate(points):
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            with open_dict(config):
-                config.hydra.job.num = initial_job_idx + index
-            choices = dict(config.hydra.runtime.choices)
-            with open_dict(config):
-                del config["hydra"]
-            composed.append(Composed(config, choices, axes, list(overrides)))
-        return act_on(composed, OmegaConf.create(self.options))
-
-
-def _axes_of(overrides: Sequence[str]) -> dict[str, Any]:
-    axes: dict[str, Any] = {}
-    for text in overrides:
-        key, _, value = text.lstrip("+~").partition("=")
-        axes[key] = value
-    return axes
+        made = [self.composer.compose(axes, overrides, first + n) for n, (axes, overrides) in enumerate(points)]
+        jobs = Jobs(made, self.hydra_context, self.task_function)
+        composed = [one.composed for one in made]
+        with env_override(OmegaConf.to_container(self.config.hydra.job.env_set, resolve=True)):  # type: ignore[arg-type]
+            return jobs.end(act_on(composed, OmegaConf.create(self.options), jobs.start, trials))

@@ -7,6 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hydra_plugins.zexp.sweeper import axis_of
 from zexp.config.errors import ConfigError
 from zexp.study.variants import CommandLine, Typed, name_of, override_text, points, row_of, study_name
 
@@ -125,3 +126,100 @@ def test_a_scale_that_is_an_axis_applies_its_own_overrides():
     study = {**EMPTY, "grid": {"scale": ["tiny", "smoke"]}, "scales": {"smoke": ["anneal.tokens=16K"]}}
     found = {point.axes["scale"]: point.overrides for point in points(study, "tiny", CommandLine(), 0)}
     assert "anneal.tokens=16K" in found["smoke"] and "anneal.tokens=16K" not in found["tiny"]
+
+
+def test_zipped_group_choices_walk_together_and_keep_their_order_in_names_and_overrides():
+    study = {**EMPTY, "zip": {"arch": ["a", "b"], "mix@anneal.mix": ["x", "y"]}, "grid": {"schedule": ["wsd", "cosine"]}}
+    found = points(study, "tiny", CommandLine(), 0)
+    assert [point.overrides for point in found] == [
+        ["schedule=wsd", "arch=a", "mix@anneal.mix=x"],
+        ["schedule=wsd", "arch=b", "mix@anneal.mix=y"],
+        ["schedule=cosine", "arch=a", "mix@anneal.mix=x"],
+        ["schedule=cosine", "arch=b", "mix@anneal.mix=y"],
+    ]
+
+
+def test_zipped_axes_are_replaced_together_or_not_at_all():
+    zipped = {"arch": ["a", "b"], "anneal.tokens": [1, 2]}
+    assert made(CommandLine(axes={"arch": ["c", "d"], "anneal.tokens": ["3", "4"]}), zip=zipped) == ["c,tokens=3", "d,tokens=4"]
+    assert made(CommandLine(["anneal.tokens=3"], {"arch": ["c", "d"]}), zip=zipped) == ["c", "d"]
+    assert made(CommandLine(["anneal.tokens=3", "arch=c"]), zip=zipped) == ["arch,anneal"]
+    with pytest.raises(ConfigError, match=r"arch is zipped with anneal\.tokens"):
+        made(CommandLine(axes={"arch": ["c", "d"]}), zip=zipped)
+    with pytest.raises(ConfigError, match="lengths differ"):
+        made(CommandLine(axes={"arch": ["c", "d"], "anneal.tokens": ["3"]}), zip=zipped)
+
+
+def test_an_exclusion_of_several_keys_needs_all_of_them_arms_and_seeds_included():
+    study = {
+        "grid": {"arch": ["a", "b"]}, "zip": {"mix": ["x", "y"], "seq_len": [1, 2]}, "arms": {"long": [], "short": []}, "seeds": [0, 1],
+        "exclude": [{"arch": "a", "mix": "y", "arm": "short", "seed": 1}, {"arch": "b", "seq_len": 1}],
+    }  # fmt: skip
+    names = made(**study)
+    assert len(names) == 16 - 1 - 4
+    assert "a,y,seq_len=2,short,seed=1" not in names and "a,y,seq_len=2,short,seed=0" in names
+    assert not any(name.startswith("b,x") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"arch": "c"}, r"study\.exclude: \{arch: c\} leaves out nothing.*arch: a, b"),
+        ({"arch": "a", "mix": "yy"}, r"\{arch: a, mix: yy\} leaves out nothing.*mix: x, y"),
+        ({"arch": "a", "seq_len": 2}, r"\{arch: a, seq_len: 2\} leaves out nothing"),  # zipped: a goes with 1
+        ({}, "an empty entry"),
+    ],
+)
+def test_an_exclusion_that_leaves_out_nothing_is_a_typo(entry, says):
+    with pytest.raises(ConfigError, match=says):
+        made(zip={"arch": ["a", "b"], "seq_len": [1, 2]}, grid={"mix": ["x", "y"]}, exclude=[entry])
+
+
+def test_exclusions_hold_where_the_command_line_narrows_the_study():
+    study = {"grid": {"arch": ["a", "b"], "mix": ["x", "y"]}, "exclude": [{"arch": "a", "mix": "y"}]}
+    assert made(CommandLine(["arch=a"]), **study) == ["x"]
+    assert made(CommandLine(["arch=b"]), **study) == ["x", "y"]
+    assert made(CommandLine(axes={"arch": ["b", "c"]}), **study) == ["b,x", "b,y", "c,x", "c,y"]
+    with pytest.raises(ConfigError, match="leaves out nothing"):
+        made(CommandLine(["arch=a"]), **{**study, "exclude": [{"arch": "a", "mix": "typo"}]})
+
+
+@pytest.mark.parametrize(
+    ("values", "excluded", "left"),
+    [
+        ([1e-3, 2e-3], 0.001, ["k=0.002"]),
+        ([0.001, 1], 1.0, ["k=0.001"]),
+        ([True, False], True, ["k=false"]),
+        ([None, 1], None, ["k=1"]),
+        ([None, "none"], "none", ["k=null"]),
+        (["a,b", "it's"], "a,b", ["k=it's"]),
+        ([[1, 2], [1]], [1, 2], ["k=[1]"]),
+        ([1, True], True, ["k=1"]),
+    ],
+)
+def test_exclusions_compare_values_not_their_spelling(values, excluded, left):
+    assert made(grid={"a.k": values}, exclude=[{"a.k": excluded}]) == left
+
+
+LINES = [
+    ("1e-3,0.002", ["k=0.001", "k=0.002"]), ("null,true,False", ["k=null", "k=true", "k=false"]),
+    ("'a,b','c d'", ["k=a,b", "k=c d"]), ("[1,2],[3]", ["k=[1, 2]", "k=[3]"]), ("range(1,4)", ["k=1", "k=2", "k=3"]),
+    (r"'it\'s',x", ["k=it's", "k=x"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "names"), LINES)
+def test_an_axis_of_the_command_line_has_the_names_and_values_of_one_in_a_file(typed, names):
+    (override,) = OverridesParser.create().parse_overrides([f"a.k={typed}"])
+    command_line = CommandLine(axes={"a.k": axis_of(override)})
+    found = points({**EMPTY, "grid": {"a.k": ["old"]}}, "tiny", command_line, 0)
+    assert [name_of(point.axes, "arch", None) for point in found] == names
+    read = [OverridesParser.create().parse_override(point.overrides[0]).value() for point in found]
+    assert read == [point.axes["a.k"] for point in found]
+    from_file = points({**EMPTY, "grid": {"a.k": read}}, "tiny", CommandLine(), 0)
+    assert [point.axes for point in from_file] == [point.axes for point in found]
+
+
+def test_an_axis_with_a_plus_replaces_the_studys_and_keeps_its_plus():
+    (one, _) = points({**EMPTY, "grid": {"a.k": [7]}}, "tiny", CommandLine(axes={"++a.k": [Typed("1", 1), Typed("2", 2)]}), 0)
+    assert one.axes == {"a.k": 1} and one.overrides == ["++a.k=1"]

@@ -9,12 +9,13 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 
 def unknown_keys(table: Mapping[str, Any], schema: type, where: str = "") -> list[str]:
     """One text for each key of a plain, nested table that the dataclass `schema` does not have."""
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     known = [field.name for field in dataclasses.fields(schema)]
     problems: list[str] = []
     for key, value in table.items():
@@ -26,6 +27,11 @@ def unknown_keys(table: Mapping[str, Any], schema: type, where: str = "") -> lis
             continue
         problems += _inside(value, hints[key], path)
     return problems
+
+
+@cache
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
 
 
 def _inside(value: Any, hint: Any, path: str) -> list[str]:

@@ -15,7 +15,7 @@ from zexp.calc.layout import Layout
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
 from zexp.config.schema import Run
-from zexp.study.resolve import Composed, layout_of, run_of, vocab_size
+from zexp.study.resolve import Composed, layout_of, vocab_size
 from zexp.study.variants import row_of
 
 ELEMENT_BYTES = 2  # of weights and caches in decoding: bf16
@@ -32,7 +32,7 @@ def describe(composed: Sequence[Composed], budget: Budget | None = None) -> list
     answers: list[dict[str, Any]] = []
     for one in composed:
         try:
-            answer = _describe(_name(one), one.choices.get("arch"), run_of(one.config), budget, problems)
+            answer = _describe(_name(one), one.choices.get("arch"), one.run(), budget, problems)
         except ConfigError as error:
             problems.extend(error.problems)
             continue

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,26 +17,32 @@ from omegaconf import OmegaConf
 from zexp.config.errors import ConfigError
 from zexp.store import retention
 from zexp.store.folder import Store
-from zexp.study import nearest, record
+from zexp.study import nearest, record, start
 from zexp.study import plan as plans
-from zexp.study.launch import detach, driver
-from zexp.study.outlook import DATA_KINDS, Outlook, outlook
+from zexp.study.launch import detach
+from zexp.study.outlook import Outlook, outlook
 from zexp.study.resolve import Composed, Resolver, Variant
 from zexp.study.variants import study_name
 
 if TYPE_CHECKING:
-    from zexp.study.launch import LauncherOptions
+    from zexp.study.trials import Trials
 
 __all__ = ["Acted", "Composed", "Request", "act", "completed", "planned"]
+
 
 @dataclass(frozen=True)
 class Request:
     """Where and how. launcher: the node hydra.launcher; directory: what relative paths are relative to; words: of the
-    command line, behind the verb."""
+    command line, behind the verb.
+
+    on_start: called once the request is found right, before anything runs; trials: the sweep whose batches grow one study.
+    """
 
     launcher: dict[str, Any]
     directory: Path
     words: tuple[str, ...] = ()
+    on_start: Callable[[], None] | None = None
+    trials: Trials | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,18 @@ def act(composed: list[Composed], request: Request) -> Acted:
     With `detach` another process, or jobs, run it, and every stage is `submitted`.
     """
     plan, study, store, variants = planned(composed, request)
+    detached = _detach(composed)
     ahead = _ahead(request, plan, store, study)
     for text in [] if ahead is None else ahead.warnings():
         print(f"Warning: {text}", file=sys.stderr)
     for text in [] if ahead is None else nearest.lines([one for one in ahead.nearest if one.expected], most=1):
         print(text)
-    change = record.record(study["name"], study, plan, store)
+    if request.on_start is not None:
+        request.on_start()
+    trials = request.trials
+    change = record.record(study["name"], study, plan, store, grown=trials is not None and trials.name is not None)
+    if trials is not None:
+        trials.name = study["name"]
     line = change.line(study["name"])
     if line is not None:
         print(line)
@@ -77,18 +91,15 @@ def act(composed: list[Composed], request: Request) -> Acted:
     if plans.mark(plan, store):  # another study may have changed the store before our pins stood
         ahead = _ahead(request, plan, store, study)
         _create(plan, store)
+    failed = trials.failed if trials is not None else {}
     outcomes: dict[str, Any] = {}
-    if ahead is not None and ahead.options.backend == "local":
-        if _detach(composed):
-            outcomes = _in_background(plan, study["name"], store, request, unchanged=change.none)
-        else:
-            with driver.driving(store, study["name"], ["run", *request.words]):
-                outcomes = _run(plan, store, ahead)
-    elif ahead is not None:
-        outcomes = _submit(plan, study["name"], store, ahead, detach=_detach(composed))
+    if ahead is not None:
+        how = start.How(request.words, request.directory, detached, unchanged=change.none, failed=failed)
+        outcomes = start.start(plan, study["name"], store, ahead, how)
+    failed |= {id: outcome for id, outcome in outcomes.items() if outcome.status in ("failed", "diverged")}
     _drop_optimizers(plan, store)
-    returns = _job_returns(composed, variants, plan, study, store)
-    detached = _detach(composed)
+    worst = _worst(study["metric"], trials.direction if trials is not None else None, plan, store)
+    returns = _job_returns(composed, variants, plan, study, store, worst)
     here = ahead is None or ahead.options.backend == "local"
     return Acted(returns, plan, study, store, outcomes, detached, here)
 
@@ -99,7 +110,7 @@ def planned(composed: list[Composed], request: Request) -> tuple[plans.Plan, dic
     variants = Resolver(store.root, request.directory, request.launcher.get("backend", "local")).variants(composed)
     plan = plans.build(variants, store)
     plans.check_sources(plan, store)
-    study = _study(composed, variants)
+    study = _study(composed, variants, request.trials)
     _check_metric(study, variants)
     return plan, study, store, variants
 
@@ -113,16 +124,17 @@ def _store(composed: list[Composed]) -> Store:
     return store
 
 
-def _study(composed: list[Composed], variants: list[Variant]) -> dict[str, Any]:
+def _study(composed: list[Composed], variants: list[Variant], trials: Trials | None) -> dict[str, Any]:
     """The composed `study` node with its name settled."""
     study = OmegaConf.to_container(composed[0].config.study, resolve=True)
     assert isinstance(study, dict)
     said = {str(key): value for key, value in study.items()}
     if said["name"] is None:
-        said["name"] = composed[0].choices.get("sweeps")
+        said["name"] = composed[0].choices.get("sweeps") or (trials.name if trials is not None else None)
     ends = [segment.id for variant in variants for segment in variant.chain.segments]
     digest = hashlib.sha256("\n".join(ends).encode()).hexdigest()
-    typed = sorted({word for one in composed for word in one.overrides if not detach.is_key(word)}) if len(composed) == 1 else []
+    said_words = {word for one in composed for word in one.overrides if not detach.is_key(word)}
+    typed = sorted(said_words) if len(composed) == 1 and trials is None else []
     axes = sorted({key for one in composed for key in one.axes})
     said["name"] = study_name(said, typed or axes, digest)
     return said
@@ -179,26 +191,11 @@ def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
             retention.drop_optimizer(store.folder("trajectory", stage.full_id), stage.to)
 
 
-def _options(request: Request, plan: plans.Plan, store: Store) -> LauncherOptions:
-    """The launcher's options, checked, with what the stages ask of this machine or cluster, before anything is written."""
-    from zexp.study import hub
-    from zexp.study.dispatch import to_launch
-    from zexp.study.launch import check_machine, options_of
-    from zexp.study.launch.slurm import SlurmOptions, preflight
-
-    options = options_of(request.launcher)
-    if isinstance(options, SlurmOptions):
-        preflight([to_launch(stage, 0.0) for stage in plan.to_do], options)
-        if options.offline:
-            hub.fetch(hub.to_fetch(plan, store), store)
-    else:
-        check_machine([stage.request for stage in plan.to_do], options)
-    return options
-
-
 def _ahead(request: Request, plan: plans.Plan, store: Store, study: dict[str, Any]) -> Outlook | None:
     """What is known before it runs. None if nothing is to do; raises ConfigError for what cannot run here."""
-    return outlook(plan, store, _options(request, plan, store), study["name"]) if plan.to_do else None
+    if not plan.to_do:
+        return None
+    return outlook(plan, store, start.options(request.launcher, plan, store), study["name"])
 
 
 def _detach(composed: list[Composed]) -> bool:
@@ -211,65 +208,50 @@ def _detach(composed: list[Composed]) -> bool:
     return True
 
 
-def _in_background(plan: plans.Plan, name: str, store: Store, request: Request, *, unchanged: bool) -> dict[str, Any]:
-    """Start a process that runs the study, unless one does already; every stage is submitted."""
-    from zexp.study.launch import Outcome
-
-    found = driver.running(store, name) if unchanged else None
-    if found is not None:
-        print(f"{name} runs already, since {found['time']}: process {found['pid']} on {found['host']}. Nothing was started.")
-        if not driver.is_here(found):
-            print(f"If that one is gone, with its machine: rm {store.study(name)}/driver*.json")
-    else:
-        print(detach.how_to_come_back(store, name, detach.start(store, name, request.words, request.directory)))
-    return {stage.id: Outcome(status="submitted") for stage in plan.to_do}
-
-
-def _submit(plan: plans.Plan, study: str, store: Store, ahead: Outlook, *, detach: bool) -> dict[str, Any]:
-    """All stages as jobs at once. Whether the supplies suffice the jobs themselves look: nobody may be there to do it."""
-    from zexp.study import gate
-    from zexp.study.dispatch import run_stages
-    from zexp.study.launch.slurm.follow import come_back
-
-    asked = gate.questions(plan, store)
-    outcomes = run_stages(plan.to_do, store, ahead.options, ahead.costs, study=study, gate=asked, detach=detach)
-    if detach:
-        print(come_back(store, study))
-    return outcomes
-
-
-def _run(plan: plans.Plan, store: Store, ahead: Outlook) -> dict[str, Any]:
-    """Run what is needed: data first, then, with the exact supplies known, training and evaluation."""
-    from zexp.study.dispatch import run_stages
-
-    outcomes: dict[str, Any] = {}
-    data = [stage for stage in plan.to_do if stage.kind in DATA_KINDS]
-    rest = [stage for stage in plan.to_do if stage.kind not in DATA_KINDS]
-    if data:
-        outcomes |= run_stages(data, store, ahead.options, ahead.costs)
-        if any(outcome.status == "interrupted" for outcome in outcomes.values()):
-            return outcomes
-        plans.check_sources(plan, store)  # only the built corpus knows exactly; nothing has been trained yet
-    if rest:
-        outcomes |= run_stages(rest, store, ahead.options, ahead.costs, before=outcomes)
-    return outcomes
-
-
 def _job_returns(
-    composed: list[Composed], variants: list[Variant], plan: plans.Plan, study: dict[str, Any], store: Store
+    composed: list[Composed], variants: list[Variant], plan: plans.Plan, study: dict[str, Any], store: Store, worst: float
 ) -> list[JobReturn]:
-    """COMPLETED with the study's metric (None without one), or FAILED with the reason."""
+    """COMPLETED with the study's metric (None without one; the worst value if it diverged), or FAILED with the reason."""
     returns = []
     for one, variant in zip(composed, variants, strict=True):
         job = JobReturn(overrides=one.overrides, cfg=one.config, status=JobStatus.COMPLETED)
         missing = _missing(variant, plan, store)
-        if missing is not None:
+        if missing is None:
+            job.return_value = _objective(variant, plan, study["metric"], store)
+        elif _diverged(variant, plan, store):
+            job.return_value = worst if study["metric"] is not None else None
+        else:
             job.status = JobStatus.FAILED
             job.return_value = StageFailed(missing)
-        else:
-            job.return_value = _objective(variant, plan, study["metric"], store)
         returns.append(job)
     return returns
+
+
+def _diverged(variant: Variant, plan: plans.Plan, store: Store) -> bool:
+    """True if a stage of its chain diverged: a result, not a failure."""
+    for stage in (plan.stages[id] for id in plan.segments[variant.name]):
+        found = store.folder("trajectory", stage.full_id).diverged()
+        if found is not None and stage.to is not None and found["tokens"] <= stage.to:
+            return True
+    return False
+
+
+def _worst(metric: str | None, direction: str | None, plan: plans.Plan, store: Store) -> float:
+    """The value of a variant that diverged: infinity on the side that nobody wants, NaN if nobody says which.
+
+    Optuna 2.10 stores infinities, in memory and in SQLite, and its samplers rank them last. direction: of the sweeper;
+    without one the metric's own is looked up among the scores that there are.
+    """
+    if direction is not None:
+        return math.inf if direction == "minimize" else -math.inf
+    task, _, name = (metric or "").partition("/")
+    for one in (plan.stages[found[task]] for found in plan.evals.values() if task in found):
+        result = store.folder("eval", one.full_id).result
+        if result is not None:
+            metrics = json.loads((result / "results.json").read_text(encoding="utf-8"))["metrics"]
+            if name in metrics:
+                return -math.inf if metrics[name]["higher_is_better"] else math.inf
+    return math.nan
 
 
 def _missing(variant: Variant, plan: plans.Plan, store: Store) -> str | None:

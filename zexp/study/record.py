@@ -42,8 +42,11 @@ class Change:
         return f"{name} is now at revision {self.revision}: {'; '.join(parts)}. The earlier one is kept in revisions/."
 
 
-def record(name: str, study: dict[str, Any], plan: Plan, store: Store) -> Change:
-    """Write the study's files. A changed study of the same name becomes its current revision; the old one is kept."""
+def record(name: str, study: dict[str, Any], plan: Plan, store: Store, *, grown: bool = False) -> Change:
+    """Write the study's files. A changed study of the same name becomes its current revision; the old one is kept.
+
+    grown: the same sweep wrote them before, with fewer points; that is no revision.
+    """
     folder = store.study(name)
     variants = _variants(plan, store)
     pretrained = _pretrained(plan, variants)
@@ -56,6 +59,8 @@ def record(name: str, study: dict[str, Any], plan: Plan, store: Store) -> Change
         added = [n for n in ends if n not in before]
         dropped = [n for n in before if n not in ends]
         altered = [n for n in ends if n in before and before[n] != ends[n]]
+        if grown:
+            added, dropped, altered = [], [], []
         if added or dropped or altered:
             (folder / "revisions" / str(revision)).mkdir(parents=True, exist_ok=True)
             for file in (VARIANTS, "study.yaml"):

@@ -7,12 +7,12 @@ What many variants share (sources, tokenizers, models) is resolved once.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import DictConfig
 
 from zexp.blocks import resolve as blocks_resolve
 from zexp.calc import match as calc_match
@@ -20,8 +20,7 @@ from zexp.calc import model as calc_model
 from zexp.calc.layout import Layout
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
-from zexp.config.keys import unknown_keys
-from zexp.config.schema import Corpus, Mix, Run, Source
+from zexp.config.schema import Mix, Run, Source
 from zexp.data import recipe
 from zexp.evaluate import plan as evaluate_plan
 from zexp.kernels import select
@@ -29,6 +28,7 @@ from zexp.model.hf import folder as hf_folder
 from zexp.store.fingerprint import DigestCache
 from zexp.store.ids import semantic_id
 from zexp.study import ranks, variants
+from zexp.study.typed import run_of
 from zexp.train import phases
 
 
@@ -40,6 +40,11 @@ class Composed:
     choices: dict[str, str | None]
     axes: dict[str, Any]
     overrides: list[str]
+    typed: Callable[[], Run] | None = None  # the config's Run, where whoever composed it knows it; shares parts with others
+
+    def run(self) -> Run:
+        """The typed Run, to be read only. Raises ConfigError as run_of does."""
+        return run_of(self.config) if self.typed is None else self.typed()
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class Resolver:
 
     def variant(self, composed: Composed) -> Variant:
         """One variant, checked whole. Raises ConfigError with all its mistakes."""
-        run = run_of(composed.config)
+        run = composed.run()
         problems = Problems()
         check_execution(run, problems)
         ranks.check(run.parallelism, self.launcher, problems)
@@ -279,7 +284,7 @@ class Resolver:
             except ConfigError as error:
                 problems.extend(error.problems)
         problems.raise_if_any()
-        corpus = _plain(run.corpus)
+        corpus = asdict(run.corpus)
         own = {name: semantics[name] for name in run.corpus.sources}
         tokenizer_semantic = recipe.tokenizer_semantic(
             corpus, own, store_root=self.store_root, directory=self.directory
@@ -367,30 +372,9 @@ def layout_of(run: Run) -> Layout:
     )
 
 
-def run_of(config: DictConfig) -> Run:
-    """The typed Run of a composed config. Raises ConfigError naming unknown keys, and a key that has no value."""
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
-    if unknown := unknown_keys({str(key): value for key, value in plain.items() if key != "hydra"}, Run):
-        raise ConfigError(unknown)
-    typed = OmegaConf.merge(OmegaConf.structured(Run), config)
-    try:
-        run = OmegaConf.to_object(typed)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key or 'a key'} has no value. Set it.") from error
-    assert isinstance(run, Run)
-    return run
-
-
 def vocab_size(run: Run, directory: Path) -> int:
     """Token ids that the run's tokenizer can give, at most. Raises ConfigError if that is a published one that is not there."""
-    return recipe.vocab_size(_plain(run.corpus)["tokenizer"], directory)
-
-
-def _plain(corpus: Corpus) -> dict[str, Any]:
-    plain = OmegaConf.to_container(OmegaConf.structured(corpus), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return recipe.vocab_size(asdict(run.corpus.tokenizer), directory)
 
 
 def _mixes(run: Run) -> list[tuple[str, Mix]]:

@@ -32,15 +32,22 @@ class Point:
 
 
 class Typed(str):
-    """A value in Hydra's grammar already, as typed on the command line."""
+    """A value in Hydra's grammar already, as typed on the command line. value: what it says."""
+
+    value: Any
+
+    def __new__(cls, text: str, value: Any = None) -> Typed:
+        made = super().__new__(cls, text)
+        made.value = text if value is None and text.lower() != "null" else value
+        return made
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Overrides as typed: fixed ones, and axes with several values (each a value in Hydra's grammar)."""
+    """Overrides as typed: fixed ones, and axes with several values (a plain string is a value in Hydra's grammar)."""
 
     fixed: list[str] = field(default_factory=list)
-    axes: dict[str, list[str]] = field(default_factory=dict)
+    axes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def points(study: Mapping[str, Any], scale: str, command_line: CommandLine, seed: int) -> list[Point]:
@@ -50,68 +57,125 @@ def points(study: Mapping[str, Any], scale: str, command_line: CommandLine, seed
     Raises ConfigError with every mistake of the study.
     """
     problems = Problems()
-    fixed_keys = {override_key(text) for text in command_line.fixed}
+    fixed = {override_key(text): text.partition("=")[2] for text in command_line.fixed}
+    typed = {
+        override_key(key): (key, [text if isinstance(text, Typed) else Typed(text) for text in texts])
+        for key, texts in command_line.axes.items()
+    }
     grid = {key: _values(key, values, "study.grid", problems) for key, values in study["grid"].items()}
     zipped = {key: _values(key, values, "study.zip", problems) for key, values in study["zip"].items()}
     arms: dict[str, list[str]] = {name: list(overrides or []) for name, overrides in study["arms"].items()}
     seeds = study["seeds"]
-    lengths = {key: len(values) for key, values in zipped.items()}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{key}: {length}" for key, length in lengths.items())
-        problems.add(f"study.zip walks its axes together, but their lengths differ ({found}).")
+    own = {**grid, **zipped, "arm": list(arms), "seed": list(seeds or ())}
     for key in sorted(set(grid) & set(zipped)):
         problems.add(f"{key} stands in study.grid and in study.zip. Keep one.")
-    for key in [*command_line.axes, *sorted(fixed_keys & (set(grid) | set(zipped) | {"seed"}))]:
-        if key in zipped and len(zipped) > 1:
-            problems.add(f"{key} is zipped with {', '.join(sorted(set(zipped) - {key}))}; it cannot be replaced alone.")
-        zipped.pop(key, None)
-        if key in fixed_keys:
-            grid.pop(key, None)
-            seeds = None if key == "seed" else seeds
     arm_keys = {override_key(text): name for name, overrides in arms.items() for text in overrides}
-    for key in sorted(set(arm_keys) & (set(study["grid"]) | set(study["zip"]))):
+    for key in sorted(set(arm_keys) & (set(grid) | set(zipped))):
         problems.add(f"{key} is an axis of study.grid or study.zip, and the arm {arm_keys[key]!r} sets it. Keep one.")
-    if "seed" in {*study["grid"], *study["zip"], *arm_keys}:
+    if "seed" in {*grid, *zipped, *arm_keys}:
         problems.add("seed stands in study.grid, study.zip or study.arms; the seeds of a study are study.seeds: [0, 1, 2].")
-    for key in sorted((fixed_keys | set(command_line.axes)) & set(arm_keys)):
+    for key in sorted((set(fixed) | set(typed)) & set(arm_keys)):
         problems.add(
             f"{key} on the command line would undo what the arm {arm_keys[key]!r} sets. "
             "Leave it out, or change study.arms."
         )
-    for key, texts in command_line.axes.items():
+    replaced = [key for key in zipped if key in fixed or key in typed]
+    if replaced and len(replaced) < len(zipped):
+        rest = ", ".join(sorted(set(zipped) - set(replaced)))
+        problems.add(f"{', '.join(replaced)} is zipped with {rest}; it cannot be replaced alone. Give all of them.")
+    together = bool(zipped) and all(key in typed for key in zipped)  # all replaced by lists: they are still walked together
+    for key in fixed:
+        grid.pop(key, None)
+        seeds = None if key == "seed" else seeds
+    spelled = {key: text for key, (text, _) in typed.items()}  # with its + or ++
+    for key, (_, values) in typed.items():
         if key == "seed":
-            seeds = texts
+            seeds = [text.value for text in values]
+        elif together and key in zipped:
+            zipped[key] = values
         else:
-            grid[key] = [Typed(text) for text in texts]
+            grid[key] = values
+    if not together:
+        for key in replaced:
+            zipped.pop(key)
+    lengths = {key: len(values) for key, values in zipped.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{key}: {length}" for key, length in lengths.items())
+        problems.add(f"study.zip walks its axes together, but their lengths differ ({found}).")
     scales = study["scales"]
     problems.raise_if_any()
 
+    def part(key: str, value: Any) -> tuple[str, Any, list[str]]:
+        said = value.value if isinstance(value, Typed) else value
+        return key, said, [override_text(spelled.get(key, key), value)]
+
     axes: list[list[tuple[tuple[str, Any, list[str]], ...]]] = []
     for key, values in grid.items():
-        axes.append([((key, value, [override_text(key, value)]),) for value in values])
+        axes.append([(part(key, value),) for value in values])
     if zipped:
-        keys = list(zipped)
         rows = zip(*zipped.values(), strict=True)
-        axes.append([tuple((k, v, [override_text(k, v)]) for k, v in zip(keys, row, strict=True)) for row in rows])
+        axes.append([tuple(part(key, value) for key, value in zip(zipped, row, strict=True)) for row in rows])
     if arms:
         axes.append([(("arm", name, overrides),) for name, overrides in arms.items()])
     if seeds:
         axes.append([(("seed", value, [f"seed={value}"]),) for value in _seeds(seeds, problems)])
         problems.raise_if_any()
+    exclusions = _Exclusions(study["exclude"], own, fixed)
     result = []
     for combination in itertools.product(*axes):
         parts = [part for group in combination for part in group]
         named = {name: value for name, value, _ in parts}
-        if any(all(_same(named.get(k), v) for k, v in excluded.items()) for excluded in study["exclude"]):
+        if exclusions.leave_out(named):
             continue
         before = list(scales.get(str(named.get("scale", scale))) or [])
         inner = [text for _, _, overrides in parts for text in overrides]
         result.append(Point(named, last_of_each_key([*before, *inner, *command_line.fixed])))
-    _check_exclusions(study["exclude"], axes, problems)
+    exclusions.check({name for axis in axes for group in axis for name, _, _ in group}, bool(fixed or typed), problems)
     if not result:
         problems.add("study: every combination is excluded; nothing is left to run.")
     problems.raise_if_any()
     return result
+
+
+class _Exclusions:
+    """study.exclude: each entry leaves out the points that have all its values.
+
+    own: the study's axes before the command line; fixed: what the command line sets to one value.
+    """
+
+    def __init__(
+        self, entries: Sequence[Mapping[str, Any]], own: Mapping[str, Sequence[Any]], fixed: Mapping[str, str]
+    ) -> None:
+        self._entries = [dict(entry) for entry in entries]
+        self._own = {key: values for key, values in own.items() if values}
+        self._fixed = {key: _read(text) for key, text in fixed.items()}
+        self._met = [False] * len(self._entries)
+
+    def leave_out(self, named: Mapping[str, Any]) -> bool:
+        point = {**self._fixed, **named}
+        met = [all(k in point and _same(point[k], v) for k, v in entry.items()) for entry in self._entries]
+        self._met = [before or now for before, now in zip(self._met, met, strict=True)]
+        return any(met)
+
+    def check(self, axes: set[str], narrowed: bool, problems: Problems) -> None:
+        """Name the entries that can be no more than typos. narrowed: the command line took values away."""
+        known = axes | set(self._own)
+        for entry, met in zip(self._entries, self._met, strict=True):
+            said = "{" + ", ".join(f"{key}: {value_text(value)}" for key, value in entry.items()) + "}"
+            if not entry:
+                problems.add("study.exclude has an empty entry, which would leave out everything. Remove it.")
+            elif wrong := [key for key in entry if key not in known]:
+                names = ", ".join(sorted(known)) or "none"
+                problems.extend(f"study.exclude names {key!r}, which is no axis. The axes: {names}." for key in wrong)
+            elif not met and not (narrowed and self._meant(entry)):
+                values = "; ".join(
+                    f"{key}: {', '.join(value_text(value) for value in self._own.get(key, ()))}" for key in entry if key in self._own
+                )
+                problems.add(f"study.exclude: {said} leaves out nothing. Correct it, or remove it. The axes have {values}.")
+
+    def _meant(self, entry: Mapping[str, Any]) -> bool:
+        """True if the study itself has these values, or they are of an axis that the command line brought."""
+        return all(key not in self._own or any(_same(own, v) for own in self._own[key]) for key, v in entry.items())
 
 
 def row_of(axes: Mapping[str, Any], arch: str, anneal: str | None) -> str:
@@ -130,9 +194,16 @@ def name_of(axes: Mapping[str, Any], arch: str, anneal: str | None) -> str:
 
 def _part(key: str, value: Any) -> str:
     if key in (*GROUPS, "arm"):
-        return str(value)
+        return value_text(value)
     last = key.rsplit(".", 1)[-1]
-    return f"{key if last == 'seed' else last}={value}"  # anneal.seed is not the seed
+    return f"{key if last == 'seed' else last}={value_text(value)}"  # anneal.seed is not the seed
+
+
+def value_text(value: Any) -> str:
+    """A value as names and messages say it: null, true and false as in YAML, all else as Python does."""
+    if value is None or isinstance(value, bool):
+        return _grammar(value)
+    return str(value)
 
 
 def override_key(text: str) -> str:
@@ -176,7 +247,21 @@ def _grammar(value: Any) -> str:
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    return found is not None and str(found) == str(wanted)
+    """True for one value, however it was written: 1e-3 and 0.001, true and True, 1 and '1'."""
+    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in (found, wanted)]
+    return found == wanted if all(numbers) else value_text(found) == value_text(wanted)
+
+
+def _read(text: str) -> Any:
+    """A plain value in Hydra's grammar, as far as an exclusion can name it."""
+    if text.lower() in ("null", "true", "false"):
+        return {"null": None, "true": True, "false": False}[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _seeds(values: Sequence[Any], problems: Problems) -> list[int]:
@@ -196,16 +281,6 @@ def _values(key: str, values: Any, where: str, problems: Problems) -> list[Any]:
         problems.add(f"{where}.{key} = {values!r} is no list of values. Write it as [a, b].")
         return []
     return list(values)
-
-
-def _check_exclusions(
-    excluded: Sequence[Mapping[str, Any]], axes: Sequence[Sequence[tuple[tuple[str, Any, list[str]], ...]]], problems: Problems
-) -> None:
-    known = {name for axis in axes for group in axis for name, _, _ in group}
-    for entry in excluded:
-        for key in entry:
-            if key not in known:
-                problems.add(f"study.exclude names {key!r}, which is no axis. The axes: {', '.join(sorted(known)) or 'none'}.")
 
 
 def study_name(study: Mapping[str, Any], overrides: Sequence[str], digest: str) -> str:
