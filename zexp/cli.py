@@ -91,8 +91,10 @@ def _verbs_completed(words: list[str]) -> list[str] | None:
         from zexp import verbs
 
         return verbs.runs(parts[2])
-    if parts[1] in MODULES:
-        return list(importlib.import_module(MODULES[parts[1]]).completed(parts[2:]))
+    if parts[1] == "store":
+        from zexp import store_verb
+
+        return list(store_verb.completed(parts[2:]))
     return [] if parts[1] in OTHER_VERBS else None
 
 

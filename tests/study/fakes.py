@@ -34,7 +34,8 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
             raise RuntimeError("no more memory")
         for part in ("weights", "optimizer"):
             (scratch / part).mkdir()
-        facts = {"fingerprints": [{"from": 0, "to": request["to"], "fingerprint": "cpu"}], "fingerprint_details": {"cpu": {}}}
+        details = {"cpu": {"device": "none"}}
+        facts = {"fingerprints": [{"from": 0, "to": request["to"], "fingerprint": "cpu"}], "fingerprint_details": details}
         (scratch / "state.json").write_text(json.dumps(facts))
         attempt.publish(scratch, f"states/{request['to']}")
         return "done"

@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RECORD", str(record))
     monkeypatch.delenv("ZEXP_STORE", raising=False)
-    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "core_numbers", lambda: [0, 1])
     monkeypatch.chdir(tmp_path)
     logging.getLogger("optuna").handlers = [logging.NullHandler()]  # its own one writes to a stream that pytest closes
     return Folder(tmp_path, record)

@@ -124,7 +124,7 @@ def _store(composed: list[Composed]) -> Store:
     return store
 
 
-def _study(composed: list[Composed], variants: list[Variant], trials: Trials | None) -> dict[str, Any]:
+def _study(composed: list[Composed], variants: list[Variant], trials: Trials | None = None) -> dict[str, Any]:
     """The composed `study` node with its name settled."""
     study = OmegaConf.to_container(composed[0].config.study, resolve=True)
     assert isinstance(study, dict)
