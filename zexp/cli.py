@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -43,6 +44,8 @@ OTHER_VERBS = tuple(MODULES)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit code. arguments: without the program's name; None = sys.argv's."""
+    if arguments is None:  # a process of our own, full of configs that live as long as it does
+        gc.set_threshold(100_000, 20, 20)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in ("-sc", "--shell-completion"):
         offered = _verbs_completed(words)
