@@ -185,7 +185,8 @@ def act_on(
     _Verb.acted.append(acted)
     if trials is None:
         return acted.job_returns
-    if any(outcome.status == "interrupted" for outcome in acted.outcomes.values()):
+    statuses = {outcome.status for outcome in acted.outcomes.values()}
+    if statuses & {"interrupted", "submitted"}:  # nobody knows the scores that the next batch depends on
         raise _Enough
     return [acted.job_returns[place] for place in trials.places(composed)]
 

@@ -51,6 +51,12 @@ class ZexpLauncher(Launcher):
         """Variants as (axes, overrides): what zexp's sweeper calls, once. One JobReturn each, in order."""
         return self._launch(points, initial_job_idx, None)
 
+    def launch_rung(
+        self, points: Sequence[tuple[dict[str, Any], list[str]]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """The same in several calls, whose points accumulate in one study: what zexp's halving calls."""
+        return self._launch(points, initial_job_idx, self.trials)
+
     def _launch(self, points: Sequence[tuple[dict[str, Any], list[str]]], first: int, trials: Any) -> list[JobReturn]:
         from zexp.hydra_app import act_on
         from zexp.study.jobs import Jobs

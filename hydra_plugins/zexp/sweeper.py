@@ -37,10 +37,18 @@ class ZexpSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """The results of all points, as Hydra's sweepers return them: a list of batches."""
+        assert self.launcher is not None
+        pairs = self.points(arguments)
+        if hasattr(self.launcher, "launch_points"):
+            return [self.launcher.launch_points(pairs, 0)]
+        return [self.launcher.launch([overrides for _, overrides in pairs], initial_job_idx=0)]
+
+    def points(self, arguments: list[str]) -> list[tuple[dict[str, Any], list[str]]]:
+        """The study's points under a command line, as (axes, overrides)."""
         from zexp.config.errors import ConfigError
         from zexp.study.variants import CommandLine, points
 
-        assert self.config is not None and self.launcher is not None and self.hydra_context is not None
+        assert self.config is not None and self.hydra_context is not None
         fixed: list[str] = []
         axes: dict[str, list[Any]] = {}
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -55,10 +63,7 @@ class ZexpSweeper(Sweeper):
         study = OmegaConf.to_container(self.config.study, resolve=True)
         assert isinstance(study, dict)
         found = points(study, self.config.scale, CommandLine(fixed, axes), self.config.seed)  # type: ignore[arg-type]
-        pairs = [(point.axes, point.overrides) for point in found]
-        if hasattr(self.launcher, "launch_points"):
-            return [self.launcher.launch_points(pairs, 0)]
-        return [self.launcher.launch([overrides for _, overrides in pairs], initial_job_idx=0)]
+        return [(point.axes, point.overrides) for point in found]
 
 
 def axis_of(override: Override) -> list[Any]:

@@ -72,7 +72,7 @@ def act(composed: list[Composed], request: Request) -> Acted:
     With `detach` another process, or jobs, run it, and every stage is `submitted`.
     """
     plan, study, store, variants = planned(composed, request)
-    detached = _detach(composed)
+    detached = any(one.config.detach for one in composed)
     ahead = _ahead(request, plan, store, study)
     for text in [] if ahead is None else ahead.warnings():
         print(f"Warning: {text}", file=sys.stderr)
@@ -94,7 +94,8 @@ def act(composed: list[Composed], request: Request) -> Acted:
     failed = trials.failed if trials is not None else {}
     outcomes: dict[str, Any] = {}
     if ahead is not None:
-        how = start.How(request.words, request.directory, detached, unchanged=change.none, failed=failed)
+        in_batches = trials is not None and trials.in_batches
+        how = start.How(request.words, request.directory, detached, in_batches, change.none, failed)
         outcomes = start.start(plan, study["name"], store, ahead, how)
     failed |= {id: outcome for id, outcome in outcomes.items() if outcome.status in ("failed", "diverged")}
     _drop_optimizers(plan, store)
@@ -196,16 +197,6 @@ def _ahead(request: Request, plan: plans.Plan, store: Store, study: dict[str, An
     if not plan.to_do:
         return None
     return outlook(plan, store, start.options(request.launcher, plan, store), study["name"])
-
-
-def _detach(composed: list[Composed]) -> bool:
-    """The command is to return at once. Raises ConfigError where what comes next depends on results."""
-    if not any(one.config.detach for one in composed):
-        return False
-    sweeper = composed[0].choices.get("hydra/sweeper")
-    if sweeper not in (None, "zexp", "basic"):
-        raise ConfigError(f"detach = true: hydra/sweeper={sweeper} waits for results to choose what it runs next. Leave it out.")
-    return True
 
 
 def _job_returns(

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class How:
     """words: of the command line, behind the verb; directory: what relative paths are relative to; detached: the command does not
-    wait; unchanged: the study was recorded before with the same variants; failed: outcomes of stages that failed or diverged in
+    wait; in_batches: what is run next depends on results; unchanged: the study was recorded before with the same variants; failed: outcomes of stages that failed or diverged in
     an earlier batch of this sweep, which are not tried again.
     """
 
     words: tuple[str, ...]
     directory: Path
     detached: bool = False
+    in_batches: bool = False
     unchanged: bool = False
     failed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,10 +51,10 @@ def options(launcher: Mapping[str, Any], plan: plans.Plan, store: Store) -> Laun
 
 def start(plan: plans.Plan, study: str, store: Store, ahead: Outlook, how: How) -> dict[str, Any]:
     """Run, or submit, what is to do; how each stage ended, by id."""
+    if how.detached and (ahead.options.backend == "local" or how.in_batches):
+        return _in_background(plan, study, store, how)
     if ahead.options.backend != "local":
         return _submit(plan, study, store, ahead, how)
-    if how.detached:
-        return _in_background(plan, study, store, how)
     with driver.driving(store, study, ["run", *how.words]):
         return _run(plan, store, ahead, how.failed)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.composed import config
-from zexp.config.errors import ConfigError
 from zexp.store.folder import Store
 from zexp.store.process import this_process
 from zexp.study import execute
@@ -30,17 +29,6 @@ def test_the_way_back_names_the_store_where_it_is_not_the_usual_one(tmp_path, mo
     assert "zexp cancel mine   " in detach.how_to_come_back(store, "mine", record)
     monkeypatch.delenv("ZEXP_STORE")
     assert f"zexp cancel mine --store '{store.root}'   " in detach.how_to_come_back(store, "mine", record)
-
-
-def composed(sweeper):
-    return [Composed(config("detach=true"), {"hydra/sweeper": sweeper}, {}, ["detach=true"])]
-
-
-def test_a_sweeper_that_chooses_by_results_cannot_be_left_alone():
-    assert execute._detach(composed("zexp"))
-    assert not execute._detach([Composed(config(), {"hydra/sweeper": "optuna"}, {}, [])])
-    with pytest.raises(ConfigError, match="hydra/sweeper=optuna waits for results"):
-        execute._detach(composed("optuna"))
 
 
 def test_a_run_has_the_same_name_in_the_background():
