@@ -28,6 +28,7 @@ from zexp.store.process import known_dead, this_process
 from zexp.study import names
 from zexp.study.launch import driver
 from zexp.study.launch.slurm import cluster, submission
+from zexp.study.launch.slurm.follow import job_log
 from zexp.study.launch.slurm.lookup import StageJob, jobs_of
 
 WATCH_SECONDS = 5.0
@@ -69,7 +70,8 @@ def status(arguments: list[str]) -> int:
         while True:
             found, silent = _look(store, shown)
             live.update(_picture(found, silent, shown), refresh=True)
-            if not any(_goes_on(stage) for stages in found.values() for stage in stages):
+            driven = any(driver.running(store, name) for name in found)
+            if not (silent or driven or any(_goes_on(stage) for stages in found.values() for stage in stages)):
                 return 0
             time.sleep(WATCH_SECONDS)
 
@@ -159,13 +161,38 @@ def logs(arguments: list[str]) -> int:
     store = Store(Path(options.store))
     folder = names.stage(store, options.stage)
     last = folder.last_attempt()
+    while last is None and options.follow and _waits(store, folder):
+        time.sleep(WATCH_SECONDS)
+        last = folder.last_attempt()
     if last is None or not (last.log.is_file() or options.follow):
-        raise ConfigError(f"{folder} has no log: it was never started.")
+        printed = _printed_by_job(store, folder)
+        if printed is None:
+            raise ConfigError(f"{folder} has no log: it was never started.")
+        print(printed, file=sys.stderr)
+        sys.stdout.write(printed.read_text(encoding="utf-8", errors="replace"))
+        return 0
     if not options.follow:
         print(last.log, file=sys.stderr)
         sys.stdout.write(last.log.read_text(encoding="utf-8", errors="replace"))
         return 0
     return _follow(folder, last)
+
+
+def _jobs(store: Store, folder: StageFolder) -> list[StageJob]:
+    """The newest jobs of the stages of a folder, of every study."""
+    found, _ = jobs_of(store, names.studies(store))
+    return [job for jobs in found.values() for stage, job in jobs.items() if stage.partition("@")[0] == folder.path.name]
+
+
+def _waits(store: Store, folder: StageFolder) -> bool:
+    """A job of the stage is in a queue."""
+    return any(job.said is not None and not job.said.over for job in _jobs(store, folder))
+
+
+def _printed_by_job(store: Store, folder: StageFolder) -> Path | None:
+    """What the last job of a stage printed that never came to begin it."""
+    logs = [log for job in _jobs(store, folder) if (log := job_log(job.submission, job.id)) is not None]
+    return logs[-1] if logs else None
 
 
 def _follow(folder: StageFolder, attempt: AttemptRecord) -> int:
@@ -218,9 +245,9 @@ def _cancel_study(store: Store, study: str) -> int:
     if driver.stop(store, study):
         lines.append(f"{study} was told to stop: its running stages write a state first.")
     elif found is not None:
-        raise ConfigError(f"{study} is driven by process {found['pid']} on {found['host']}. Cancel it there.")
+        lines.append(f"{study} is driven by process {found['pid']} on {found['host']}, which goes on. Cancel it there.")
     print("\n".join(filter(None, lines)) or f"Nothing of {study} runs or waits.")
-    return 0
+    return 1 if found is not None and not driver.is_here(found) else 0
 
 
 def _cancel_stage(store: Store, folder: StageFolder) -> int:
@@ -240,7 +267,7 @@ def _scancel(store: Store, study: str, stage: str | None) -> str | None:
     sent = [one for one in submission.of_study(store, study) if not one.over and (one.folder / submission.RECORD).is_file()]
     if not sent:
         return None
-    queued = cluster.queue([submission.job_name(store, study)])
+    queued = cluster.queue({one.name for one in sent})
     if queued is None:
         raise ConfigError("SLURM's controller does not answer. Nothing was cancelled; try again.")
     live = {

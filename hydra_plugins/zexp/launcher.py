@@ -1,4 +1,4 @@
-"""`hydra/launcher=local`: the variants of a multirun as one study."""
+"""`hydra/launcher=local` and `slurm`: the variants of a multirun as one study."""
 
 from __future__ import annotations
 

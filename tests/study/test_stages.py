@@ -207,3 +207,16 @@ def test_what_a_slot_imports_starts_no_thread_and_touches_no_gpu():
     )
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **threads})
+
+
+def test_a_second_signal_does_not_hit_the_cleaning_up():
+    cleaned = False
+    with pytest.raises(stages.Interrupted), stages._interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            cleaned = True
+    assert cleaned

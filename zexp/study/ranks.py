@@ -39,6 +39,7 @@ from zexp.config.errors import Problems
 from zexp.config.schema import Parallelism, Run
 
 if TYPE_CHECKING:
+    from zexp.store.lease import LeaseTimes
     from zexp.study.stages import Ended, Result, Watcher
     from zexp.train.phases import PhaseSpan
 
@@ -105,11 +106,12 @@ def run_task(
     *,
     handlers: Mapping[str, str] | None = None,
     watcher: Watcher | None = None,
+    times: LeaseTimes | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Ended:
     """Run a stage of several ranks as the rank that this process is; see the head of this file.
 
-    handlers, watcher: as run_stage has them, of rank 0 alone. Raises ValueError if the job has more or fewer tasks than the stage ranks.
+    handlers, watcher, times: as run_stage has them, of rank 0 alone. Raises ValueError if the job has more or fewer tasks than the stage ranks.
     """
     from zexp.study.stages import Ended, run_stage
     from zexp.train import ranks
@@ -125,6 +127,6 @@ def run_task(
     if world.rank > 0:
         return Ended(cast("Result", ranks.follow(root, request, world)))
     with lead(world, request["ranks"]["timeout_seconds"]) as leading:
-        ended = run_stage(root, request, handlers=handlers, watcher=watcher)
+        ended = run_stage(root, request, handlers=handlers, watcher=watcher, **({} if times is None else {"times": times}))
         leading.over(ended.result)
     return ended

@@ -161,9 +161,12 @@ def _checked(result: str, folder: StageFolder, request: dict[str, Any]) -> Ended
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM, SIGUSR2 (SLURM's warning) and SIGINT raise Interrupted in the main thread."""
+    """The first SIGTERM, SIGUSR2 (SLURM's warning) or SIGINT raises Interrupted in the main thread."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        # SLURM sends USR2 and TERM, perhaps to a job's every process: the second must not hit the cleaning up.
+        for other in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(other, signal.SIG_IGN)
         raise Interrupted(signal.Signals(number).name)
 
     if threading.current_thread() is not threading.main_thread():

@@ -70,7 +70,7 @@ def _run(job: dict[str, Any], report: int) -> int:
         times = LeaseTimes(**job["lease_times"])
         try:
             if job.get("tasks", 1) > 1:
-                ended = run_task(job["store"], request, handlers=job["handlers"], watcher=watcher)
+                ended = run_task(job["store"], request, handlers=job["handlers"], watcher=watcher, times=times)
             else:
                 ended = run_stage(job["store"], request, handlers=job["handlers"], watcher=watcher, times=times)
         except Exception as error:  # of ranks that do not meet: there is no attempt yet that could hold it

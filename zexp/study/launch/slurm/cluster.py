@@ -6,6 +6,7 @@ Every call is one process. A controller that does not answer is no answer (None)
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -88,7 +89,10 @@ def max_array_size() -> int:
 
 def refusal(arguments: Sequence[str]) -> str | None:
     """Why sbatch would refuse a job with these options (account, QOS, limits …), or None. Nothing is queued."""
-    done = _run("sbatch", "--test-only", *arguments, "--wrap=true")
+    from submitit.helpers import clean_env
+
+    with clean_env():
+        done = _run("sbatch", "--test-only", *arguments, "--wrap=true")
     if done is None or done.returncode == 0:
         return None
     return _said(done.stderr)
@@ -136,15 +140,26 @@ def elements_of(id: str) -> list[str]:
         return [id]
     found = []
     for part in rest.rstrip("]").partition("%")[0].split(","):
-        first, _, last = part.partition("-")
-        found += [f"{array}_{number}" for number in range(int(first), int(last or first) + 1)]
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if match is not None:  # else the list is cut off (`...`); of the rest nothing is known
+            first, last, step = match.groups()
+            found += [f"{array}_{number}" for number in range(int(first), int(last or first) + 1, int(step or 1))]
     return found
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """End jobs, whether they wait or run. Raises ConfigError if SLURM refuses."""
+    """End jobs, whether they wait or run; those that are over already are no error. Raises ConfigError if SLURM does not answer or
+    refuses."""
+    refusals = []
     for start in range(0, len(ids), 500):
-        _asked("scancel", *ids[start : start + 500])
+        done = _run("scancel", *ids[start : start + 500])
+        if done is None:
+            refusals.append("the controller does not answer")
+        elif done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if not re.search(r"(?i)invalid job id|already complet", line)]
+            refusals += [_said("\n".join(lines))] if lines else []
+    if refusals:
+        raise ConfigError(f"`scancel` failed: {' '.join(dict.fromkeys(refusals))}")
 
 
 def requeue(id: str) -> str | None:
@@ -196,7 +211,9 @@ def _asked(*command: str) -> str:
 
 def _run(*command: str) -> subprocess.CompletedProcess[str] | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        # sacct cuts long lists of elements otherwise.
+        environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, env=environment)
     except (subprocess.TimeoutExpired, FileNotFoundError):  # a store may be looked at where there is no SLURM
         return None
 

@@ -6,6 +6,8 @@ poll for all jobs together: squeue, or sacct where squeue has forgotten a job.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import time
 from collections import Counter
@@ -18,7 +20,7 @@ from zexp.store.attempt import AttemptRecord
 from zexp.store.folder import StageFolder, Store
 from zexp.study.launch import detach, ended
 from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, Status
-from zexp.study.launch.slurm import cluster, lookup, submission
+from zexp.study.launch.slurm import cluster, lookup
 from zexp.study.launch.slurm.cluster import Queued
 from zexp.study.launch.slurm.options import SlurmOptions
 from zexp.study.launch.slurm.submission import Submission
@@ -69,7 +71,7 @@ class Follow:
     _watched: dict[str, _Watched] = field(default_factory=dict)
     _queued: dict[str, Queued] = field(default_factory=dict)
     _silent_since: float | None = None  # the scheduler answers no more
-    _first_running: float | None = None
+    _traceless_since: float | None = None
     _seen: bool = False  # a job has left a trace in the store
     _ask_sacct: list[str] = field(default_factory=list)
     _known: set[str] = field(default_factory=set)  # the jobs of the last answer
@@ -89,9 +91,8 @@ class Follow:
             for stage in self.stages:
                 self._outcomes.setdefault(stage.id, Outcome(status="submitted"))
         else:
-            for one in self.submissions:
-                if not any(id in self._queued and not self._queued[id].over for id in one.jobs()):
-                    one.end()
+            for sent in self.submissions:
+                sent.end_if_over(lookup.read_notes(sent) | self._queued)
         return {stage.id: self._outcomes[stage.id] for stage in self.stages}
 
     def _begin(self) -> None:
@@ -118,13 +119,12 @@ class Follow:
 
     def _ask(self) -> bool:
         """One question to the scheduler; True if it answered."""
-        if self._ask_sacct:
-            found = cluster.ended(self._ask_sacct)
-            self._ask_sacct = []
-        else:
-            found = cluster.queue([submission.job_name(self.store, self.study)])
+        about, self._ask_sacct = self._ask_sacct, []
+        found = cluster.ended(about) if about else cluster.queue({sent.name for sent in self.submissions})
         now = time.monotonic()
         self._known = set()
+        if found is None and about:  # many clusters keep no accounting
+            found = {}
         if found is None:
             if self._silent_since is None:
                 self._silent_since = now
@@ -138,8 +138,6 @@ class Follow:
             lookup.note(sent, said)
             self._queued |= said
             self._known |= said.keys()
-        if self._first_running is None and any(self._queued[id].state == "RUNNING" for id in self._known):
-            self._first_running = now
         return True
 
     def _look(self, one: _Watched, asked: bool) -> None:
@@ -209,10 +207,12 @@ class Follow:
         one.over += 1
         if one.over < SURE_POLLS or (found.state == "COMPLETED" and one.over * self.options.poll_seconds < self.store.patience):
             return
+        if found.state == "FAILED" and not self._seen:
+            return  # perhaps its node does not see the store: _is_blind decides
         status, error = self._explain(one, sent, unit, id, found)
         if status == "failed":
             last = one.folder.last_attempt()
-            if last is not None and last.n > one.attempts:
+            if last is not None and last.n > one.attempts and one.folder.holder() is None:  # else it is somebody else's
                 last.record_failure(error)
         self._settle(one, status, error)
 
@@ -255,20 +255,22 @@ class Follow:
         return Outcome(status=status, error=error, seconds=seconds, log=log, tries=tries)
 
     def _is_blind(self) -> bool:
-        """True if a job has run and has left no trace in the store: its node does not see it."""
+        """True if a job has run and has left no trace in the store for a while: its node does not see it."""
         if self._seen:
             return False
-        for one in self._watched.values():
-            for sent, unit, id in one.jobs[-1:]:
-                self._seen = self._seen or sent.unit(unit).with_suffix(".seen.json").is_file() or job_log(sent, id) is not None
-        if self._seen:
+        newest = [one.jobs[-1] for one in self._watched.values() if one.jobs]
+        for folder in {sent.folder / name for sent, _, _ in newest for name in ("units", "slurm")}:
+            with contextlib.suppress(FileNotFoundError):
+                os.listdir(folder)  # so that an NFS client looks again
+        self._seen = any(
+            sent.unit(unit).with_suffix(".seen.json").is_file() or job_log(sent, id) is not None for sent, unit, id in newest
+        )
+        ran = [self._queued[id] for _, _, id in newest if id in self._queued]
+        if self._seen or not any(job.state in ("RUNNING", "FAILED") for job in ran):
+            self._traceless_since = None
             return False
-        mine = [self._queued[id] for one in self._watched.values() for _, _, id in one.jobs[-1:] if id in self._queued]
-        failed = any(job.state in ("FAILED", "NODE_FAIL") and "Dependency" not in job.reason for job in mine)
-        if not failed and not any(job.state == "RUNNING" for job in mine):
-            return False
-        since = self._first_running
-        return failed or (since is not None and time.monotonic() - since >= self.options.visible_seconds)
+        self._traceless_since = self._traceless_since or time.monotonic()
+        return time.monotonic() - self._traceless_since >= self.options.visible_seconds
 
     def _give_up(self) -> None:
         live = [id for one in self.submissions for id in one.jobs() if id in self._queued and not self._queued[id].over]

@@ -28,6 +28,7 @@ from zexp.config.errors import ConfigError
 from zexp.store import files, lease
 from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
+from zexp.store.lease import LeaseTimes
 from zexp.study import gate
 from zexp.study.launch import ended
 from zexp.study.launch.base import stopped_after
@@ -37,7 +38,7 @@ from zexp.study.stages import NEED_TORCH, Result, divergence, is_done, stage_fol
 
 LOOK_SECONDS = 0.05  # how often a running stage's process is looked at
 REQUEUE_SECONDS = 300.0  # for how long a controller that is away is asked again
-SILENT_SECONDS = 60.0  # twelve missed beats of a lease
+SILENT_SECONDS = 300.0  # of a slot; a job may wait for a parent to become visible meanwhile
 WORD_SECONDS = 300.0  # how long the tasks of a job wait for their first one
 WAIT_SECONDS = 60.0  # how long another holder of a stage is waited for before the allocation is given back
 
@@ -69,7 +70,12 @@ def accompany(path: Path) -> int:
     if files.read_json(word)["run"]:
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # submitit's would swallow them
-        run_task(unit["store"], stage["request"])
+        run_task(unit["store"], stage["request"], times=LeaseTimes(**unit["lease_times"]))
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        end = time.monotonic() + 2 * REQUEUE_SECONDS
+        while not files.read_json(word).get("over") and time.monotonic() < end:
+            time.sleep(0.5)  # a task that ends begins the time in which srun lets the others end
     return 0
 
 
@@ -125,8 +131,7 @@ class _Job:
         try:
             return self._run_stages(given_up)
         finally:
-            if not self._gave_word:
-                self._give_word(run=False)
+            self._give_word(run=self._gave_word, over=True)
             if self._slot is not None:
                 self._slot.release()
 
@@ -148,6 +153,7 @@ class _Job:
             if given_up is not None:
                 self._fail(request, given_up)
                 return 1
+            self._preload(request)  # before a slot is taken, which does not beat meanwhile
             if not self._has_slot():
                 return self._requeue_or_stop()
             result = self._stage(request)
@@ -212,7 +218,8 @@ class _Job:
         for parent in stage["parents"]:
             folder = stage_folder(self.store, parent)
             place = f"states/{parent['to']}" if parent["kind"] == "segment" else "result"
-            if is_done(folder, parent) or (_can_appear(folder) and self.store.wait_for(folder.path / place)):
+            may_come = parent["sure"] or _can_appear(folder)
+            if is_done(folder, parent) or (may_come and self.store.wait_for(folder.path / place)):
                 continue
             why = divergence(folder, parent)
             return "skipped", f"{parent['label']} ({parent['stage']}) {'is not done' if why is None else why}"
@@ -244,7 +251,6 @@ class _Job:
 
     def _stage(self, request: dict[str, Any]) -> Result:
         """Run a stage, again after a failure as often as is asked for. interrupted: it goes on when the job is started again."""
-        self._preload(request)
         self._give_word(run=True)
         # Of several tasks the others end with a failed one, so a job of them is tried again by being requeued.
         before, here = self._seen["tries"], (self._unit["retries"] + 1 if self._unit["tasks"] == 1 else 1)
@@ -270,11 +276,11 @@ class _Job:
         self._count_failure(request)
         return "failed"
 
-    def _give_word(self, *, run: bool) -> None:
-        """Tell the other tasks of the job whether the stage runs at this start."""
-        self._gave_word = True
+    def _give_word(self, *, run: bool, over: bool = False) -> None:
+        """Tell the other tasks of the job whether the stage runs at this start, and when all is said and done."""
+        self._gave_word = run
         if self._unit["tasks"] > 1:
-            files.write_json(_word_of(self.path), {"run": run})
+            files.write_json(_word_of(self.path), {"run": run, "over": over})
 
     def _preload(self, request: Mapping[str, Any]) -> None:
         if request["kind"] in NEED_TORCH and not self._warm:
@@ -331,25 +337,34 @@ class _Job:
         if self.told == "SIGTERM" and number == signal.SIGUSR2:
             self.told = "SIGUSR2"  # the scheduler's own warning: it is no scancel
         if self._child is not None:
-            os.kill(self._child, signal.SIGTERM)  # not reaped yet: only _run waits for it
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self._child, signal.SIGTERM)
 
     # After a stage
 
     def _requeue_or_stop(self) -> int:
         """Go back into the queue, unless the job was cancelled; the exit code."""
         id = _id()
-        if self.told == "SIGTERM" and cluster.job_state(id) not in ("RUNNING", None):
-            print(f"{self.told}: the job was cancelled; it stops at its last state.", flush=True)
+        if self._is_cancelled(id):
             return 1
         files.write_json(self.path.with_suffix(".seen.json"), {**self._seen, "waited": self.busy})
         print(f"{self.told}: job {id} goes back into the queue.", flush=True)
         end = time.monotonic() + REQUEUE_SECONDS
         while (why := cluster.requeue(id)) is not None and time.monotonic() < end:
             time.sleep(5.0)
+            if self._is_cancelled(id):
+                return 1
         if why is None:
             return 0
         print(f"Job {id} could not be requeued: {why}. `zexp run` again goes on from its last state.", flush=True)
         return 1
+
+    def _is_cancelled(self, id: str) -> bool:
+        """Somebody ended the job while it was stopping: requeueing would bring it back."""
+        if cluster.job_state(id) in ("RUNNING", None):
+            return False
+        print(f"{self.told}: the job was cancelled; it stops at its last state.", flush=True)
+        return True
 
     def _count_failure(self, request: Mapping[str, Any]) -> None:
         """Stop the study when that many stages have failed, if that is asked for."""
@@ -372,8 +387,9 @@ class _Job:
     def _fail(self, request: Mapping[str, Any], why: str) -> None:
         """Record a failure that no process of the stage could record."""
         print(f"{request['stage']}: {why}", flush=True)
-        last = stage_folder(self.store, request).last_attempt()
-        if last is not None:
+        folder = stage_folder(self.store, request)
+        last = folder.last_attempt()
+        if last is not None and folder.holder() is None:  # else it is somebody else's
             last.record_failure(why)
         self._say(request, "failed", why, attempt=None if last is None else last.path)
 
@@ -422,15 +438,15 @@ def _read(report: int, unread: bytes, end: _Ended) -> bytes:
 
 
 def _is_silent(path: Path) -> bool:
-    """True if a lease's file was not written for a minute, by the clock of the file system that holds it."""
-    probe = path.parent / f".now-{os.getpid()}"
+    """True if a lease's file was not written for long, by the clock of the file system that holds it."""
+    probe = path.parent / f".now-{os.uname().nodename}-{_id()}-{os.getpid()}"
     probe.touch()
     try:
         return probe.stat().st_mtime - path.stat().st_mtime > SILENT_SECONDS
     except FileNotFoundError:
         return False
     finally:
-        probe.unlink()
+        probe.unlink(missing_ok=True)
 
 
 def _can_appear(folder: StageFolder) -> bool:

@@ -5,6 +5,7 @@ What the scheduler says of a job that is over is noted beside the submission (jo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,19 +46,22 @@ def jobs_of(store: Store, studies: Iterable[str]) -> tuple[dict[str, dict[str, S
     found: dict[str, dict[str, StageJob]] = {}
     known = {study: submission.of_study(store, study) for study in studies}
     known = {study: [one for one in sent if (one.folder / submission.RECORD).is_file()] for study, sent in known.items()}
-    open_studies = [study for study, sent in known.items() if any(not one.over for one in sent)]
-    queued = cluster.queue({submission.job_name(store, study) for study in open_studies}) if open_studies else {}
+    # Read before the question: a job that is recorded later is not missed by it.
+    open_ones = [one for sent in known.values() for one in sent if not one.over]
+    listed = {one.folder: (one.jobs(), one.units()) for sent in known.values() for one in sent}
+    queued = cluster.queue({one.name for one in open_ones}) if open_ones else {}
     for study, sent in known.items():
         stages = found.setdefault(study, {})
         for one in sent:
             notes = read_notes(one)
-            jobs = one.jobs()
+            jobs, units = listed[one.folder]
             now = {} if one.over else {id: job for id in jobs if (job := cluster.said_of(id, queued or {})) is not None}
             said = notes | now
             note(one, now)
-            if queued is not None and not one.over and all(id not in said or said[id].over for id in jobs):
-                one.end()
-            for id, unit in one.units().items():
+            if queued is not None and not one.over:
+                with contextlib.suppress(PermissionError):
+                    one.end_if_over(said)
+            for id, unit in units.items():
                 for stage in jobs[id]:
                     told = one.said(unit, stage)
                     failure = told["error"] if told is not None and told["result"] == "failed" else None
@@ -70,7 +74,8 @@ def note(one: Submission, jobs: Mapping[str, Queued]) -> None:
     before = read_notes(one)
     over = {id: job for id, job in jobs.items() if job.over}
     if any(before.get(id) != job for id, job in over.items()):
-        files.write_json(one.folder / NOTES, {id: asdict(job) for id, job in {**before, **over}.items()})
+        with contextlib.suppress(PermissionError):  # somebody else's, looked at
+            files.write_json(one.folder / NOTES, {id: asdict(job) for id, job in {**before, **over}.items()})
 
 
 def read_notes(one: Submission) -> dict[str, Queued]:

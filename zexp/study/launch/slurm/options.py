@@ -226,6 +226,7 @@ def shape_of(stage: Stage, options: SlurmOptions) -> Shape:
         **{
             str(key).replace("_", "-"): "true" if value is True else str(value)
             for key, value in (own.additional_parameters or {}).items()
+            if value is not None and value is not False
         },
     }
     return Shape(

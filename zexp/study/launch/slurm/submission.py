@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from zexp.store.folder import Store
 
 RECORD = "submission.json"
 STOPPED = "stopped.json"  # why nothing more of it is started (written by a job)
+SETTLED_SECONDS = 600.0
 OVER = "over"  # an empty file: no job of the submission is left, nobody has to ask the scheduler about it
 
 
@@ -33,6 +35,11 @@ class Submission:
 
     study: str
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """The name of its jobs."""
+        return str(self.record()["name"])
 
     @property
     def number(self) -> int:
@@ -82,9 +89,19 @@ class Submission:
     def over(self) -> bool:
         return (self.folder / OVER).exists()
 
-    def end(self) -> None:
-        """No job of it is left."""
-        (self.folder / OVER).touch()
+    def end_if_over(self, said: Mapping[str, Any]) -> None:
+        """Close it if no job of it is left. said: what the scheduler says, or said, of its jobs, by id.
+
+        Only its own user closes it, who sees its jobs on its own cluster: to others they may be hidden. A job that squeue does
+        not know has ended, once sbatch is some minutes ago.
+        """
+        record = self.record()
+        mine = (record["uid"], record["conf"]) == (os.getuid(), os.environ.get("SLURM_CONF"))
+        old = time.time() - (self.folder / RECORD).stat().st_mtime > SETTLED_SECONDS
+        known = [said.get(id) for id in self.jobs()]
+        made = all(array["job"] is not None for array in record["arrays"])
+        if mine and (old or (made and None not in known)) and all(job is None or job.over for job in known):
+            (self.folder / OVER).touch()
 
 
 def new(store: Store, study: str) -> Submission:
@@ -117,14 +134,9 @@ def open_ones(store: Store) -> Iterator[Submission]:
 def job_name(store: Store, study: str) -> str:
     """The name of a study's jobs: readable, and no other study's or store's (squeue asks for jobs by their names)."""
     readable = re.sub(r"[^\w.-]+", "_", study)[:40]
-    return f"zexp-{readable}-{hashlib.sha256(f'{store.root}/{study}'.encode()).hexdigest()[:8]}"
+    return f"zexp-{readable}-{hashlib.sha256(f'{store.root.resolve()}/{study}'.encode()).hexdigest()[:8]}"
 
 
 def job_id(array: str, place: int, size: int) -> str:
     """Of an element; submitit submits one unit alone as a job without an array."""
     return array if size == 1 else f"{array}_{place}"
-
-
-def ids_of(jobs: Mapping[str, Sequence[str]], wanted: set[str]) -> list[str]:
-    """The jobs that run at least one of the wanted stages."""
-    return [id for id, stages in jobs.items() if wanted & set(stages)]

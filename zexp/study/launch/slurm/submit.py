@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from zexp.store.folder import Store
 from zexp.study import snapshot
 from zexp.study.launch import environment
 from zexp.study.launch.base import Event, OnEvent, Stage
-from zexp.study.launch.slurm import cluster, submission
+from zexp.study.launch.slurm import cluster, lookup, submission
 from zexp.study.launch.slurm.options import CLASSES, Shape, SlurmOptions, environment_lines, shape_of
 from zexp.study.launch.slurm.queue import Array, Unit, arrays_of, asks_for_success, units_of
 from zexp.study.launch.slurm.submission import Submission
@@ -61,7 +61,8 @@ def submit(
     turn.start()
     try:
         held = in_hand(store, study)
-        rest = [stage for stage in stages if stage.id not in held.own]
+        going = _going_on(stages, held)
+        rest = [stage for stage in stages if stage.id not in going]
         if not rest:
             on_event(Event(kind="slot", text="All of it is in the queue already."))
             return list(held.submissions)
@@ -70,32 +71,40 @@ def submit(
         turn.release()
 
 
+def _going_on(stages: Sequence[Stage], held: InHand) -> set[str]:
+    """Of the stages that jobs of the study have in hand those whose parents are, too: the job of another one may be waiting for
+    a parent that has failed, and is about to be cancelled."""
+    ids = {stage.id for stage in stages}
+    going: set[str] = set()
+    for stage in stages:
+        if stage.id in held.own and all(parent in going for parent in stage.parents if parent in ids):
+            going.add(stage.id)
+    return going
+
+
 def in_hand(store: Store, study: str) -> InHand:
     """One question to the scheduler about all submissions of the store that may have jobs. Raises ConfigError if it does not
     answer: submitting blindly would queue stages twice."""
     known = list(submission.open_ones(store))
     if not known:
         return InHand()
-    queued = cluster.queue({submission.job_name(store, one.study) for one in known})
+    queued = cluster.queue({one.name for one in known})
     if queued is None:
         raise ConfigError("SLURM's controller does not answer, so what is queued already is unknown. Nothing was submitted.")
     own: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
     live: list[Submission] = []
     for one in known:
-        jobs = {id: ids for id, ids in one.jobs().items() if (job := cluster.said_of(id, queued)) is not None and not job.over}
-        if not jobs and not _is_being_made(one):
-            one.end()
+        said = {id: job for id in one.jobs() if (job := cluster.said_of(id, queued)) is not None}
+        jobs = {id: ids for id, ids in one.jobs().items() if id in said and not said[id].over}
+        with contextlib.suppress(PermissionError):
+            one.end_if_over(lookup.read_notes(one) | said)
         if one.study == study and jobs:
             live.append(one)
         for id, ids in jobs.items():
             for stage in ids:
                 (own if one.study == study else others).setdefault(stage, []).append(id)
     return InHand(own, others, tuple(live))
-
-
-def _is_being_made(one: Submission) -> bool:
-    return any(array["job"] is None for array in one.record()["arrays"])
 
 
 def _submit(
@@ -119,6 +128,8 @@ def _submit(
         "study": study,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
+        "uid": os.getuid(),
+        "conf": os.environ.get("SLURM_CONF"),
         "name": submission.job_name(store, study),
         "code": None if code is None else str(code),
         "hub": str(store.hub),
@@ -169,6 +180,7 @@ def _write_units(
         asked = one.folder / "gate.json"
         files.write_json(asked, dict(gate))
     by_id = {stage.id: stage for stage in stages}
+    unit_of = {stage.id: unit for unit in units for stage in unit.stages}
     for number, unit in enumerate(units):
         files.write_json(
             one.unit(number),
@@ -188,7 +200,14 @@ def _write_units(
                     {
                         "request": _moved(stage.full_request(), code),
                         "parents": [
-                            {"label": by_id[parent].label, **_place(by_id[parent])} for parent in stage.parents if parent in by_id
+                            {
+                                "label": by_id[parent].label,
+                                # The job is not woken unless this one has succeeded.
+                                "sure": parent in unit_of and asks_for_success(unit_of[parent], unit.shape),
+                                **_place(by_id[parent]),
+                            }
+                            for parent in stage.parents
+                            if parent in by_id
                         ],
                     }
                     for stage in unit.stages
@@ -239,13 +258,15 @@ def _sbatch(
 ) -> str:
     """Submit an array; its job id. Raises ConfigError with sbatch's words."""
     from submitit.core.utils import FailedSubmissionError
+    from submitit.helpers import clean_env
 
     from zexp.study.launch.slurm import job
 
     executor = _executor(one, array, units, options, record, dependency, code)
     paths = [str(one.unit(number)) for number in array.units]
     try:
-        made = executor.map_array(job.run, paths)
+        with clean_env():  # inside an allocation: its SLURM_ variables are not meant for these jobs
+            made = executor.map_array(job.run, paths)
     except FailedSubmissionError as error:
         raise ConfigError(f"sbatch refused a job of {array.shape.line()}: {' '.join(str(error).split())}") from error
     return str(made[0].job_id).partition("_")[0]
@@ -263,7 +284,7 @@ def _executor(
     from submitit import SlurmExecutor
 
     # Jobs requeue themselves (job.py); submitit's own count of timeouts must not end them.
-    executor = SlurmExecutor(folder=one.folder / "slurm", max_num_timeout=1_000_000_000, python=sys.executable)
+    executor = SlurmExecutor(folder=one.folder / "slurm", max_num_timeout=1_000_000_000)
     threads = max(int(stage.request.get("threads", 1)) for number in array.units for stage in units[number].stages)
     variables = environment.of_stages(threads, code)
     if options.offline:
@@ -278,7 +299,7 @@ def _executor(
         setup=[*environment_lines(variables), *array.shape.setup],
         # Since 22.05 srun does not take the job's --cpus-per-task. A rank that dies ends the others within seconds, the first of
         # which writes down why: so they are given a moment, and are killed then (instead of --kill-on-bad-exit, at once).
-        srun_args=[f"--cpus-per-task={array.shape.cpus_per_task}", *(["--wait=30"] if array.shape.tasks > 1 else [])],
+        srun_args=[f"--cpus-per-task={array.shape.cpus_per_task}", *(["--kill-on-bad-exit=0", "--wait=30"] if array.shape.tasks > 1 else [])],
         array_parallelism=min(options.max_parallel or len(array.units), len(array.units)),
         additional_parameters=extra,
         **({} if dependency is None else {"dependency": dependency}),
