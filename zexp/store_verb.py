@@ -217,6 +217,8 @@ def _rm(store: Store, options: argparse.Namespace) -> int:
     from zexp import show_store
     from zexp.store import trash
     from zexp.study import holdings, names
+    from zexp.study.launch import driver
+    from zexp.study.launch.slurm.lookup import jobs_of
 
     if options.json and not options.yes:
         raise ConfigError("--json asks no question. Say --yes as well.")
@@ -230,6 +232,13 @@ def _rm(store: Store, options: argparse.Namespace) -> int:
     if working:
         who = trash.said(working[0].seen.holder)  # type: ignore[union-attr, arg-type]
         raise ConfigError(f"{study} is running: {who} ({working[0].key}: {working[0].label}). Stop it first.")
+    if (found := driver.running(store, study)) is not None:
+        raise ConfigError(f"{study} is driven by process {found['pid']} on {found['host']}. `zexp cancel {study}` stops it; then remove it.")
+    jobs, silent = jobs_of(store, [study])
+    waiting = [job.id for job in jobs[study].values() if job.said is not None and not job.said.over]
+    if waiting or silent:
+        which = f"has jobs in the queue ({', '.join(sorted(set(waiting))[:8])})" if waiting else "may have jobs: SLURM does not answer"
+        raise ConfigError(f"{study} {which}. `zexp cancel {study}` ends them; then remove it.")
     own = holdings.usage(inventory, records, study).studies[study][1]
     if not options.yes and not show_store.asked(study, records, alone, own):
         print("Nothing was removed.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 
@@ -101,3 +102,17 @@ def test_the_queue_is_said_in_words():
     jobs = [Queued("RUNNING"), *[Queued("PENDING", "Priority")] * 2, Queued("PENDING", "Dependency"), Queued("COMPLETED")]
     assert say_queue(jobs) == "1 job runs, 3 wait (2 Priority, 1 Dependency)"
     assert say_queue([]) == ""
+
+
+def test_an_allocation_that_the_command_runs_in_is_not_handed_on(monkeypatch):
+    for name, value in (("SLURM_MEM_PER_CPU", "4000"), ("SLURM_ARRAY_JOB_ID", "7"), ("SLURM_CONF", "/etc/slurm.conf"), ("SBATCH_ACCOUNT", "lab")):
+        monkeypatch.setenv(name, value)
+    with cluster.outside_allocations():
+        assert "SLURM_MEM_PER_CPU" not in os.environ and "SLURM_ARRAY_JOB_ID" not in os.environ
+        assert os.environ["SLURM_CONF"] == "/etc/slurm.conf" and os.environ["SBATCH_ACCOUNT"] == "lab"
+    assert os.environ["SLURM_ARRAY_JOB_ID"] == "7"
+
+
+def test_lists_of_elements_that_are_cut_off_say_nothing_of_the_rest():
+    assert cluster.elements_of("12_[0,2,4,...]") == ["12_0", "12_2", "12_4"]
+    assert cluster.elements_of("12_[1-9:4]") == ["12_1", "12_5", "12_9"]

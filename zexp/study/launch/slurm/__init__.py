@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ class SlurmLaunch:
 def preflight(stages: Sequence[Stage], options: SlurmOptions) -> None:
     """Raises ConfigError for what the cluster would refuse, before anything is written or queued."""
     from zexp.config.errors import ConfigError
+    from zexp.study import ranks
     from zexp.study.launch.slurm import check, cluster, submit
 
     cluster.require()
@@ -48,4 +50,18 @@ def preflight(stages: Sequence[Stage], options: SlurmOptions) -> None:
             f"execution.device = cuda, but hydra.launcher asks for no GPU for {len(blind)} of {len(stages)} stages.\n"
             "  Set hydra.launcher.gpus_per_node=1 (hydra.launcher.train.gpus_per_node, hydra.launcher.eval.gpus_per_node)."
         )
-    check.check(list(dict.fromkeys(shapes.values())))
+    few = [
+        stage
+        for stage in stages
+        if 0 < shapes[stage.id].gpus_per_node < ranks.count(stage.request) // shapes[stage.id].nodes
+    ]
+    if few:
+        wanted = ranks.count(few[0].request) // shapes[few[0].id].nodes
+        raise ConfigError(
+            f"hydra.launcher.gpus_per_node = {shapes[few[0].id].gpus_per_node}, but {wanted} ranks of parallelism.data share a node, "
+            f"and each has a GPU of its own.\n  Set hydra.launcher.train.gpus_per_node={wanted}."
+        )
+    there = check.check(list(dict.fromkeys(shapes.values())))
+    asked = {shape.gpus_per_node for id, shape in shapes.items() if shape.kind == "train"}
+    if asked == {0} and any(one.gpus for one in there) and any(s.request.get("device") == "auto" for s in stages):
+        print("Warning: the cluster has GPUs, and no training asks for one: hydra.launcher.gpus_per_node=1 does.", file=sys.stderr)

@@ -52,12 +52,15 @@ def problems_of(shapes: Collection[Shape], there: Sequence[Partition]) -> Proble
     return problems
 
 
-def check(shapes: Collection[Shape]) -> None:
+def check(shapes: Collection[Shape]) -> list[Partition]:
     """Raises ConfigError with everything that the cluster would refuse, accounts, QOS and limits of users included: sbatch is
-    asked about a job of each shape, which it is not given."""
-    problems = problems_of(shapes, cluster.partitions())
+    asked about a job of each shape, which it is not given. Returns the partitions that these shapes go to."""
+    there = cluster.partitions()
+    problems = problems_of(shapes, there)
     problems.raise_if_any()
     for shape in shapes:
         if refusal := cluster.refusal(shape.arguments()):
             problems.add(f"sbatch would refuse a job of {shape.line()}: {refusal}.")
     problems.raise_if_any()
+    names = {name.strip() for shape in shapes if shape.partition is not None for name in shape.partition.split(",")}
+    return [one for one in there if one.name in names or (one.default and any(shape.partition is None for shape in shapes))]

@@ -5,12 +5,13 @@ Every call is one process. A controller that does not answer is no answer (None)
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from zexp.config.errors import ConfigError
@@ -89,13 +90,27 @@ def max_array_size() -> int:
 
 def refusal(arguments: Sequence[str]) -> str | None:
     """Why sbatch would refuse a job with these options (account, QOS, limits …), or None. Nothing is queued."""
-    from submitit.helpers import clean_env
-
-    with clean_env():
+    with outside_allocations():
         done = _run("sbatch", "--test-only", *arguments, "--wrap=true")
     if done is None or done.returncode == 0:
         return None
     return _said(done.stderr)
+
+
+@contextlib.contextmanager
+def outside_allocations() -> Iterator[None]:
+    """The variables of a job that this command runs in are not there: they are not meant for the jobs that it submits."""
+    theirs = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and name not in ("SLURM_CONF", "SLURM_CLUSTERS")
+    }
+    for name in theirs:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(theirs)
 
 
 def queue(names: Iterable[str]) -> dict[str, Queued] | None:

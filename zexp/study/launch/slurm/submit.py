@@ -258,14 +258,13 @@ def _sbatch(
 ) -> str:
     """Submit an array; its job id. Raises ConfigError with sbatch's words."""
     from submitit.core.utils import FailedSubmissionError
-    from submitit.helpers import clean_env
 
     from zexp.study.launch.slurm import job
 
     executor = _executor(one, array, units, options, record, dependency, code)
     paths = [str(one.unit(number)) for number in array.units]
     try:
-        with clean_env():  # inside an allocation: its SLURM_ variables are not meant for these jobs
+        with cluster.outside_allocations():
             made = executor.map_array(job.run, paths)
     except FailedSubmissionError as error:
         raise ConfigError(f"sbatch refused a job of {array.shape.line()}: {' '.join(str(error).split())}") from error
