@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.folder import SLOW, SLURM, Folder, newest_state, wait_for, weights
 
 STEP_SECONDS = 0.2
-SHORT, LONG = 22_528, 115_200  # tokens: 176 steps are 35 s of sleep, 900 steps are 3 minutes
+SHORT, LONG = 12_800, 115_200  # tokens: 100 steps are 20 s of sleep, 900 steps are 3 minutes
 ARMS = {
     "limited": [f"anneal.tokens={LONG}", "anneal.peak_fraction=0.5"],
     "killed": ["anneal.peak_fraction=0.55"],

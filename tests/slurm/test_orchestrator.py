@@ -15,7 +15,7 @@ from pathlib import Path
 import polars
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.folder import ROOT, SLOW, SLURM, Folder, newest_state, wait_for, weights
 
 ACTS = ["+hydra.launcher.handlers={segment:'tests.slurm.acts:run'}"]
@@ -213,7 +213,7 @@ def test_a_store_that_nodes_do_not_see_is_said_within_a_minute_and_the_rest_is_c
     private = tmp_path / "private"
     private.mkdir()
     # A file system that only this command sees, as a login node's local disk.
-    command = folder.command("run", "+sweeps=hidden", *SLURM, f"store={private}/store")
+    command = folder.command("run", "+sweeps=hidden", *SLURM, "hydra.launcher.visible_seconds=15", f"store={private}/store")
     script = f"mount -t tmpfs none {private} && exec \"$@\""
     began = time.monotonic()
     done = subprocess.run(
@@ -244,6 +244,7 @@ def test_a_job_that_nobody_knows_any_more_ends_explained(cluster: Cluster, tmp_p
     assert process.returncode == 1, said
     assert f"job {job} is known neither to squeue nor to sacct" in " ".join(said.split()), said
     folder.environment["SLOW_STEP_SECONDS"] = "0"
+    wait_for(lambda: all(cluster.node_is_ready(name) for name in NODES))
     again = folder.zexp("run", "+sweeps=gone", *SLURM, *SLOW)
     assert again.returncode == 0, again.stdout + again.stderr
 
@@ -274,8 +275,8 @@ def test_two_nodes_train_one_stage(cluster: Cluster, tmp_path: Path) -> None:
     (stage,) = folder.anneals("+sweeps=wide").values()
     state = json.loads((stage / "states/3072/state.json").read_text())
     assert [one["layout"] for one in state["fingerprint_details"].values()] == ["data 2, nodes 2"], state
-    nodes = cluster.run("sacct", "-n", "-X", "-P", "-o", "NNodes,State").split()
-    assert nodes.count("2|COMPLETED") == 2
+    # The accounting is some seconds late.
+    wait_for(lambda: cluster.run("sacct", "-n", "-X", "-P", "-o", "NNodes,State").split().count("2|COMPLETED") == 2)
     alone = Folder(tmp_path / "alone")
     alone.study("wide", {"one": []})
     assert alone.zexp("run", "+sweeps=wide").returncode == 0

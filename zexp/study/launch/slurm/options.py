@@ -62,7 +62,7 @@ class SlurmOptions(LauncherOptions):
     signal_delay_s: int = 120  # so long before its time limit a job is told to write a state and requeue itself
     max_fruitless: int = 3  # after so many restarts in a row without a new state a job gives up
     poll_seconds: float = 10.0  # how often the following command looks
-    visible_seconds: float = 60.0  # within which the first running job must see the store
+    visible_seconds: float = 45.0  # a job that has run for so long without a trace in the store does not see it
     snapshot: bool = True  # jobs run a copy of the code as it was when they were submitted
     offline: bool = True  # jobs do not ask the Hugging Face hub: this machine has fetched what they need
 
