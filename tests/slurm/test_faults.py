@@ -63,8 +63,8 @@ class Faults:
         from zexp.store.folder import Store
 
         stage = self.stages[arm]
-        holder = Store(stage.parents[1]).find(stage.name, "trajectory")[0].holder()
-        return holder or {}
+        found = Store(stage.parents[1]).find(stage.name, "trajectory")
+        return (found[0].holder() if found else None) or {}
 
     def _job_of(self, arm: str) -> tuple[str, str] | None:
         """(job, node) of the process that trains the arm."""
