@@ -54,7 +54,6 @@ class _Watched:
     over: int = 0  # looks in a row at which its job was over
     unknown: int = 0  # … at which nobody knew its job
     told: int = 0  # failed tries of which the display knows
-    said_waiting: bool = False
 
 
 @dataclass
@@ -191,7 +190,7 @@ class Follow:
         if not one.jobs:
             self._settle(one, "interrupted", "no job of it is in the queue")
             return
-        sent, unit, id = one.jobs[-1]
+        sent, _, id = one.jobs[-1]
         found = self._queued.get(id)
         if found is None or (id not in self._known and not found.over):
             one.unknown += 1
@@ -209,14 +208,14 @@ class Follow:
             return
         if found.state == "FAILED" and not self._seen:
             return  # perhaps its node does not see the store: _is_blind decides
-        status, error = self._explain(one, sent, unit, id, found)
+        status, error = self._explain(sent, id, found)
         if status == "failed":
             last = one.folder.last_attempt()
             if last is not None and last.n > one.attempts and one.folder.holder() is None:  # else it is somebody else's
                 last.record_failure(error)
         self._settle(one, status, error)
 
-    def _explain(self, one: _Watched, sent: Submission, unit: int, id: str, found: Queued) -> tuple[Status, str]:
+    def _explain(self, sent: Submission, id: str, found: Queued) -> tuple[Status, str]:
         if found.state == "CANCELLED" and "Dependency" in found.reason:
             return "skipped", "a stage that it needs did not end well"
         if found.state == "CANCELLED" and sent.stopped is not None:
