@@ -21,6 +21,7 @@ LAYERS = [
     {"evaluate"},
     {"study"},
     {"report"},
+    {"arguments"},
     {"cli", "hydra_app", "verbs", "running", "starter", "finish", "store_verb", "show_store"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

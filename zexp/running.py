@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from zexp.arguments import verb_parser
 from zexp.config.errors import ConfigError
 from zexp.report.status import folder_of, read_stages
 from zexp.store import files
@@ -29,17 +29,11 @@ from zexp.study import names
 from zexp.study.launch import driver
 from zexp.study.launch.slurm import cluster, submission
 from zexp.study.launch.slurm.follow import job_log
-from zexp.study.launch.slurm.lookup import StageJob, jobs_of
+from zexp.study.launch.slurm.lookup import StageJob, jobs_of, live_jobs
 
 WATCH_SECONDS = 5.0
 FOLLOW_SECONDS = 0.5
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red"}
-
-
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"zexp {verb}", description=description)
-    parser.add_argument("--store", default=os.environ.get("ZEXP_STORE", "store"), help="folder of the results (default: store)")
-    return parser
 
 
 # Status
@@ -47,7 +41,7 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def status(arguments: list[str]) -> int:
     """Studies and how far they are."""
-    parser = _parser("status", "Studies in the store and how far they are.")
+    parser = verb_parser("status", "Studies in the store and how far they are.")
     parser.add_argument("study", nargs="?", help="one study, stage by stage")
     parser.add_argument("--watch", action="store_true", help=f"look again every {WATCH_SECONDS:g} s, until nothing runs or waits")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -154,7 +148,7 @@ def _note(stage: Mapping[str, Any]) -> str:
 
 def logs(arguments: list[str]) -> int:
     """The log of a stage's last attempt."""
-    parser = _parser("logs", "The log of a stage's last attempt.")
+    parser = verb_parser("logs", "The log of a stage's last attempt.")
     parser.add_argument("stage", help="a stage's id or the beginning of one, STUDY/VARIANT, or a folder of the store")
     parser.add_argument("-f", "--follow", action="store_true", help="go on printing until nobody works at the stage")
     options = parser.parse_args(arguments)
@@ -230,7 +224,7 @@ def _print_from(attempt: AttemptRecord, place: int) -> int:
 
 def cancel(arguments: list[str]) -> int:
     """Stop a study, or one stage: running trainings write a state first."""
-    parser = _parser("cancel", "Stop a study's jobs and processes, or those of one stage. Running trainings write a state first.")
+    parser = verb_parser("cancel", "Stop a study's jobs and processes, or those of one stage. Running trainings write a state first.")
     parser.add_argument("what", metavar="STUDY|STAGE", help="a study's name, a stage's id or the beginning of one, or STUDY/VARIANT")
     options = parser.parse_args(arguments)
     store = Store(Path(options.store))
@@ -264,18 +258,13 @@ def _cancel_stage(store: Store, folder: StageFolder) -> int:
 
 def _scancel(store: Store, study: str, stage: str | None) -> str | None:
     """Cancel the live jobs of a study, or those of them that run one stage (the name of its folder); what was done."""
-    sent = [one for one in submission.of_study(store, study) if not one.over and (one.folder / submission.RECORD).is_file()]
+    sent = [one for one in submission.of_study(store, study) if not one.over]
     if not sent:
         return None
     queued = cluster.queue({one.name for one in sent})
     if queued is None:
         raise ConfigError("SLURM's controller does not answer. Nothing was cancelled; try again.")
-    live = {
-        id: ids
-        for one in sent
-        for id, ids in one.jobs().items()
-        if (job := cluster.said_of(id, queued)) is not None and not job.over
-    }
+    live = {id: ids for one in sent for id, ids in live_jobs(one, queued).items()}
     if stage is not None:
         live = {id: ids for id, ids in live.items() if any(one.partition("@")[0] == stage for one in ids)}
     if not live:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zexp.arguments import add_store
 from zexp.config.errors import ConfigError
-from zexp.store.folder import KINDS, Store
+from zexp.store.folder import KINDS, Store, named_store
 
 if TYPE_CHECKING:
     from zexp.store.inventory import Inventory
@@ -49,7 +49,7 @@ def completed(words: list[str]) -> list[str]:
     elif before[0] in _WITH_STUDY and before[-1] not in _with_value(before[0]) and not _places(before):
         from zexp.study import names
 
-        offered = names.studies(Store(Path(os.environ.get("ZEXP_STORE", "store"))))
+        offered = names.studies(Store(Path(named_store())))
     else:
         offered = []
     return [one for one in offered if one.startswith(begun)]
@@ -64,9 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         for flags, settings in _ARGUMENTS[name]:
             part.add_argument(*flags, **settings)
         part.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        part.add_argument(
-            "--store", default=os.environ.get("ZEXP_STORE", "store"), help="folder of the results (default: store)"
-        )
+        add_store(part)
     return parser
 
 

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
+from zexp.arguments import verb_parser
 from zexp.config.errors import ConfigError
-from zexp.store.folder import Store
+from zexp.store.folder import Store, named_store
 from zexp.study import names
 
 RUN = "a variant's name, STUDY/VARIANT, the beginning of a stage's id (perhaps with @tokens), or a folder of the store"
 
 
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"zexp {verb}", description=description)
-    parser.add_argument("--store", default=os.environ.get("ZEXP_STORE", "store"), help="folder of the results (default: store)")
-    return parser
-
-
 def studies() -> list[str]:
     """The studies of the store that the environment or the working directory names."""
-    return names.studies(Store(Path(os.environ.get("ZEXP_STORE", "store"))))
+    return names.studies(Store(Path(named_store())))
 
 
 def runs(begun: str) -> list[str]:
     """What a RUN that is being typed may become: variants, or those of a study once its slash is there."""
-    store = Store(Path(os.environ.get("ZEXP_STORE", "store")))
+    store = Store(Path(named_store()))
     rows = [(study, row["name"]) for study in names.studies(store) for row in names.rows(store, study)]
     offered = [f"{study}/{name}" for study, name in rows] if "/" in begun else [name for _, name in rows]
     return sorted({one for one in offered if one.startswith(begun)})
@@ -35,7 +29,7 @@ def runs(begun: str) -> list[str]:
 
 def report(arguments: list[str]) -> int:
     """Tables and the leaderboard of a study, also of half a one."""
-    parser = _parser("report", "Tables and one HTML leaderboard, also of half a study.")
+    parser = verb_parser("report", "Tables and one HTML leaderboard, also of half a study.")
     parser.add_argument("study")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
@@ -57,7 +51,7 @@ def report(arguments: list[str]) -> int:
 
 def export(arguments: list[str]) -> int:
     """A model as a folder that other tools load."""
-    parser = _parser("export", "A trained model as a folder of files that other tools load. Nothing is overwritten.")
+    parser = verb_parser("export", "A trained model as a folder of files that other tools load. Nothing is overwritten.")
     parser.add_argument("run", help=RUN)
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--hf", metavar="DIR", help="for transformers: AutoModelForCausalLM and AutoTokenizer load it")
@@ -98,7 +92,7 @@ def export(arguments: list[str]) -> int:
 
 def sample(arguments: list[str]) -> int:
     """Text that a model writes."""
-    parser = _parser("sample", "The text with which a trained model goes on after a prompt, as it is made.")
+    parser = verb_parser("sample", "The text with which a trained model goes on after a prompt, as it is made.")
     parser.add_argument("run", help=RUN)
     parser.add_argument("prompt", nargs="?", default="", help="what the document begins with (default: nothing)")
     parser.add_argument("--tokens", type=int, default=256, help="at most so many new tokens (default: 256)")

@@ -125,6 +125,11 @@ class Store:
             pause = min(2 * pause, 2.0)
 
 
+def named_store() -> str:
+    """The store that is meant where none is named: ZEXP_STORE, else `store` in the working directory."""
+    return os.environ.get("ZEXP_STORE", "store")
+
+
 @dataclass(frozen=True)
 class StageFolder:
     """Where the stage of a kind with an id lies or will lie. Made by Store.folder()."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zexp.store.folder import Store
+from zexp.store.folder import Store, named_store
 from zexp.store.process import process
 from zexp.study.launch import driver, environment
 
@@ -56,5 +56,5 @@ def how_to_come_back(store: Store, study: str, record: dict[str, Any]) -> str:
 
 def where_is(store: Store) -> str:
     """What other verbs need to be told to look into this store: nothing, if it is the one that they look into."""
-    named = Path(os.environ.get("ZEXP_STORE", "store")).expanduser().absolute()
+    named = Path(named_store()).expanduser().absolute()
     return "" if named == store.root else f" --store {shlex.quote(str(store.root))}"

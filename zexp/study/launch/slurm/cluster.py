@@ -128,10 +128,10 @@ def queue(names: Iterable[str]) -> dict[str, Queued] | None:
     return found
 
 
-def said_of(id: str, found: Mapping[str, Queued]) -> Queued | None:
-    """What an answer of queue() or ended() says of a job. Of elements that were cancelled while all of the rest of their array
-    waited, SLURM only keeps the array's own entry."""
-    return found.get(id) or found.get(id.partition("_")[0])
+def about(ids: Iterable[str], found: Mapping[str, Queued]) -> dict[str, Queued]:
+    """What an answer of queue() or ended() says of those of these jobs that it knows. Of elements that were cancelled while all
+    of the rest of their array waited, SLURM only keeps the array's own entry."""
+    return {id: job for id in ids if (job := found.get(id) or found.get(id.partition("_")[0])) is not None}
 
 
 def ended(ids: Sequence[str]) -> dict[str, Queued] | None:

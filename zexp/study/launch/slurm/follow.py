@@ -133,7 +133,7 @@ class Follow:
             self._silent_since = None
             self.on_event(Event(kind="slot", text="The scheduler answers again."))
         for sent in self.submissions:
-            said = {id: job for id in sent.jobs() if (job := cluster.said_of(id, found)) is not None}
+            said = cluster.about(sent.jobs(), found)
             lookup.note(sent, said)
             self._queued |= said
             self._known |= said.keys()

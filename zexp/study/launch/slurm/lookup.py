@@ -45,7 +45,6 @@ def jobs_of(store: Store, studies: Iterable[str]) -> tuple[dict[str, dict[str, S
     """(study -> stage -> its newest job, whether the scheduler was asked in vain): at most one question for all studies."""
     found: dict[str, dict[str, StageJob]] = {}
     known = {study: submission.of_study(store, study) for study in studies}
-    known = {study: [one for one in sent if (one.folder / submission.RECORD).is_file()] for study, sent in known.items()}
     # Read before the question: a job that is recorded later is not missed by it.
     open_ones = [one for sent in known.values() for one in sent if not one.over]
     listed = {one.folder: (one.jobs(), one.units()) for sent in known.values() for one in sent}
@@ -55,7 +54,7 @@ def jobs_of(store: Store, studies: Iterable[str]) -> tuple[dict[str, dict[str, S
         for one in sent:
             notes = read_notes(one)
             jobs, units = listed[one.folder]
-            now = {} if one.over else {id: job for id in jobs if (job := cluster.said_of(id, queued or {})) is not None}
+            now = {} if one.over else cluster.about(jobs, queued or {})
             said = notes | now
             note(one, now)
             if queued is not None and not one.over:
@@ -67,6 +66,12 @@ def jobs_of(store: Store, studies: Iterable[str]) -> tuple[dict[str, dict[str, S
                     failure = told["error"] if told is not None and told["result"] == "failed" else None
                     stages[stage] = StageJob(id, one, said.get(id), failure)
     return found, queued is None
+
+
+def live_jobs(one: Submission, queued: Mapping[str, Queued]) -> dict[str, list[str]]:
+    """Job id -> the ids of its stages, of the jobs that wait or run as an answer of cluster.queue() says."""
+    said = cluster.about(one.jobs(), queued)
+    return {id: stages for id, stages in one.jobs().items() if id in said and not said[id].over}
 
 
 def note(one: Submission, jobs: Mapping[str, Queued]) -> None:

@@ -106,20 +106,23 @@ class Submission:
 
 def new(store: Store, study: str) -> Submission:
     """The study's next submission, its folders made."""
-    number = max((one.number for one in of_study(store, study)), default=0) + 1
+    number = max((int(folder.name) for folder in _folders(store, study)), default=0) + 1
     submission = Submission(study, store.study(study) / "submissions" / str(number))
     (submission.folder / "units").mkdir(parents=True)
     return submission
 
 
 def of_study(store: Store, study: str) -> list[Submission]:
-    """All of a study, oldest first."""
+    """All of a study whose record is written, oldest first."""
+    return [Submission(study, folder) for folder in _folders(store, study) if (folder / RECORD).is_file()]
+
+
+def _folders(store: Store, study: str) -> list[Path]:
     folder = store.study(study) / "submissions"
     try:
-        names = [name for name in os.listdir(folder) if name.isdigit()]
+        return [folder / name for name in sorted((name for name in os.listdir(folder) if name.isdigit()), key=int)]
     except FileNotFoundError:
         return []
-    return [Submission(study, folder / name) for name in sorted(names, key=int)]
 
 
 def open_ones(store: Store) -> Iterator[Submission]:
@@ -127,7 +130,7 @@ def open_ones(store: Store) -> Iterator[Submission]:
     studies = store.root / "studies"
     for name in sorted(os.listdir(studies)) if studies.is_dir() else ():
         for one in of_study(store, name):
-            if not one.over and (one.folder / RECORD).is_file():
+            if not one.over:
                 yield one
 
 

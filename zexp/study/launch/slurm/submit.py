@@ -95,10 +95,9 @@ def in_hand(store: Store, study: str) -> InHand:
     others: dict[str, list[str]] = {}
     live: list[Submission] = []
     for one in known:
-        said = {id: job for id in one.jobs() if (job := cluster.said_of(id, queued)) is not None}
-        jobs = {id: ids for id, ids in one.jobs().items() if id in said and not said[id].over}
+        jobs = lookup.live_jobs(one, queued)
         with contextlib.suppress(PermissionError):
-            one.end_if_over(lookup.read_notes(one) | said)
+            one.end_if_over(lookup.read_notes(one) | cluster.about(one.jobs(), queued))
         if one.study == study and jobs:
             live.append(one)
         for id, ids in jobs.items():
@@ -121,41 +120,19 @@ def _submit(
     behind = {stage.id: frozenset(_behind(stage, held)) for stage in rest}
     units = units_of(rest, shapes, {name: options.resources(name) for name in set(CLASSES.values())}, behind)
     arrays = arrays_of(units, cluster.max_array_size())
-    one = submission.new(store, study)
     code = snapshot.take(store) if options.snapshot else None
-    _write_units(one, units, stages, store, options, gate, code)
-    record: dict[str, Any] = {
-        "study": study,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "uid": os.getuid(),
-        "conf": os.environ.get("SLURM_CONF"),
-        "name": submission.job_name(store, study),
-        "code": None if code is None else str(code),
-        "hub": str(store.hub),
-        "units": {str(number): [stage.id for stage in unit.stages] for number, unit in enumerate(units)},
-        "arrays": [{"units": list(array.units), "shape": array.shape.line(), "job": None} for array in arrays],
-    }
-    files.write_json(one.folder / submission.RECORD, record)
-    try:
-        for place, array in enumerate(arrays):
-            dependency = _dependency(array, units, arrays, record)
-            record["arrays"][place] |= {"job": _sbatch(one, array, units, options, record, dependency, code), "dependency": dependency}
-            files.write_json(one.folder / submission.RECORD, record)
-    except BaseException:
-        queued = [array["job"] for array in record["arrays"] if array["job"] is not None]
-        if queued:
-            cluster.cancel(queued)
-        raise
+    draft = _Draft(submission.new(store, study), store, options, units, arrays, code)
+    draft.write_units({stage.id: stage for stage in stages}, gate)
+    draft.submit()
     jobs = len(units)
     text = (
         f"Submitted {jobs} job{'s' * (jobs != 1)} in {len(arrays)} array{'s' * (len(arrays) != 1)} for {len(rest)} "
-        f"stages ({', '.join(_summary(record['arrays']))})."
+        f"stages ({', '.join(_summary(arrays))})."
     )
     if held.own:
         text += f" {len(held.own)} more are in the queue already."
     on_event(Event(kind="slot", text=text))
-    return one
+    return draft.submission
 
 
 def _behind(stage: Stage, held: InHand) -> set[str]:
@@ -166,54 +143,149 @@ def _behind(stage: Stage, held: InHand) -> set[str]:
     return found
 
 
-def _write_units(
-    one: Submission,
-    units: Sequence[Unit],
-    stages: Sequence[Stage],
-    store: Store,
-    options: SlurmOptions,
-    gate: Mapping[str, Any] | None,
-    code: Path | None,
-) -> None:
-    asked = None
-    if gate is not None and gate["variants"]:
-        asked = one.folder / "gate.json"
-        files.write_json(asked, dict(gate))
-    by_id = {stage.id: stage for stage in stages}
-    unit_of = {stage.id: unit for unit in units for stage in unit.stages}
-    for number, unit in enumerate(units):
-        files.write_json(
-            one.unit(number),
-            {
-                "store": str(store.root),
-                "lease_times": asdict(store.lease_times),
-                "gate": None if asked is None else str(asked),
-                "retries": options.retries,
-                "max_failures": options.max_failures,
-                "max_fruitless": options.max_fruitless,
-                "max_parallel": options.max_parallel,
-                "grace_seconds": options.grace_seconds,
-                "preload": list(options.preload),
-                "tasks": unit.shape.tasks,
-                "handlers": options.handlers,
-                "stages": [
-                    {
-                        "request": _moved(stage.full_request(), code),
-                        "parents": [
-                            {
-                                "label": by_id[parent].label,
-                                # The job is not woken unless this one has succeeded.
-                                "sure": parent in unit_of and asks_for_success(unit_of[parent], unit.shape),
-                                **_place(by_id[parent]),
-                            }
-                            for parent in stage.parents
-                            if parent in by_id
-                        ],
-                    }
-                    for stage in unit.stages
-                ],
-            },
+@dataclass(frozen=True)
+class _Draft:
+    """A submission in the making. code: the snapshot that its jobs run, None if they run what is installed."""
+
+    submission: Submission
+    store: Store
+    options: SlurmOptions
+    units: Sequence[Unit]
+    arrays: Sequence[Array]
+    code: Path | None
+
+    def write_units(self, stages: Mapping[str, Stage], gate: Mapping[str, Any] | None) -> None:
+        """What each job reads. stages: all of the study, by id."""
+        asked = None
+        if gate is not None and gate["variants"]:
+            asked = self.submission.folder / "gate.json"
+            files.write_json(asked, dict(gate))
+        options = self.options
+        unit_of = {stage.id: unit for unit in self.units for stage in unit.stages}
+        for number, unit in enumerate(self.units):
+            files.write_json(
+                self.submission.unit(number),
+                {
+                    "store": str(self.store.root),
+                    "lease_times": asdict(self.store.lease_times),
+                    "gate": None if asked is None else str(asked),
+                    "retries": options.retries,
+                    "max_failures": options.max_failures,
+                    "max_fruitless": options.max_fruitless,
+                    "max_parallel": options.max_parallel,
+                    "grace_seconds": options.grace_seconds,
+                    "preload": list(options.preload),
+                    "tasks": unit.shape.tasks,
+                    "handlers": options.handlers,
+                    "stages": [
+                        {
+                            "request": _moved(stage.full_request(), self.code),
+                            "parents": [
+                                {
+                                    "label": stages[parent].label,
+                                    # The job is not woken unless this one has succeeded.
+                                    "sure": parent in unit_of and asks_for_success(unit_of[parent], unit.shape),
+                                    **_place(stages[parent]),
+                                }
+                                for parent in stage.parents
+                                if parent in stages
+                            ],
+                        }
+                        for stage in unit.stages
+                    ],
+                },
+            )
+
+    def submit(self) -> None:
+        """One sbatch an array; the record knows each job as soon as it is queued. Raises ConfigError with sbatch's words, once
+        what was queued by then is cancelled."""
+        arrays: list[dict[str, Any]] = [
+            {"units": list(array.units), "shape": array.shape.line(), "job": None} for array in self.arrays
+        ]
+        record: dict[str, Any] = {
+            "study": self.submission.study,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "uid": os.getuid(),
+            "conf": os.environ.get("SLURM_CONF"),
+            "name": submission.job_name(self.store, self.submission.study),
+            "code": None if self.code is None else str(self.code),
+            "hub": str(self.store.hub),
+            "units": {str(number): [stage.id for stage in unit.stages] for number, unit in enumerate(self.units)},
+            "arrays": arrays,
+        }
+        files.write_json(self.submission.folder / submission.RECORD, record)
+        try:
+            for array, entry in zip(self.arrays, arrays, strict=True):
+                entry["dependency"] = self._dependency(array, [other["job"] for other in arrays])
+                entry["job"] = self._sbatch(array, record["name"], entry["dependency"])
+                files.write_json(self.submission.folder / submission.RECORD, record)
+        except BaseException:
+            queued = [entry["job"] for entry in arrays if entry["job"] is not None]
+            if queued:
+                cluster.cancel(queued)
+            raise
+
+    def _dependency(self, array: Array, jobs: Sequence[str | None]) -> str | None:
+        """sbatch's --dependency: aftercorr of one array, or the elements and other studies' jobs that all must have ended.
+        jobs: of the arrays, as far as they are queued."""
+        if array.corresponds is not None:
+            return f"aftercorr:{jobs[array.corresponds]}"
+        ids = {
+            unit: submission.job_id(job, position, len(made.units))
+            for made, job in zip(self.arrays, jobs, strict=True)
+            if job is not None
+            for position, unit in enumerate(made.units)
+            if unit in array.waits
+        }
+        success = sorted(id for unit, id in ids.items() if asks_for_success(self.units[unit], array.shape))
+        rest = sorted({*ids.values(), *array.behind} - set(success))
+        parts = [":".join([kind, *found]) for kind, found in (("afterok", success), ("afterany", rest)) if found]
+        return ",".join(parts) or None
+
+    def _sbatch(self, array: Array, name: str, dependency: str | None) -> str:
+        """Submit an array; its job id. Raises ConfigError with sbatch's words."""
+        from submitit.core.utils import FailedSubmissionError
+
+        from zexp.study.launch.slurm import job
+
+        executor = self._executor(array, name, dependency)
+        paths = [str(self.submission.unit(number)) for number in array.units]
+        try:
+            with cluster.outside_allocations():
+                made = executor.map_array(job.run, paths)
+        except FailedSubmissionError as error:
+            raise ConfigError(f"sbatch refused a job of {array.shape.line()}: {' '.join(str(error).split())}") from error
+        return str(made[0].job_id).partition("_")[0]
+
+    def _executor(self, array: Array, name: str, dependency: str | None) -> SlurmExecutor:
+        from submitit import SlurmExecutor
+
+        # Jobs requeue themselves (job.py); submitit's own count of timeouts must not end them.
+        executor = SlurmExecutor(folder=self.submission.folder / "slurm", max_num_timeout=1_000_000_000)
+        threads = max(int(stage.request.get("threads", 1)) for number in array.units for stage in self.units[number].stages)
+        variables = environment.of_stages(threads, self.code)
+        if self.options.offline:
+            variables |= {name: value for name, value in OFFLINE.items() if name != "WANDB_MODE" or name not in os.environ}
+            variables["HF_HOME"] = str(self.store.hub)
+        srun = [f"--cpus-per-task={array.shape.cpus_per_task}"]  # since 22.05 srun does not take the job's
+        if array.shape.tasks > 1:
+            # A rank that dies ends the others within seconds, the first of which writes down why: so they are given a moment,
+            # and are killed then (instead of --kill-on-bad-exit, at once).
+            srun += ["--kill-on-bad-exit=0", "--wait=30"]
+        parameters = array.shape.parameters()
+        extra = {"kill-on-invalid-dep": "yes", "requeue": True, **parameters.pop("additional_parameters")}
+        executor.update_parameters(
+            **parameters,
+            job_name=name,
+            signal_delay_s=self.options.signal_delay_s,
+            setup=[*environment_lines(variables), *array.shape.setup],
+            srun_args=srun,
+            array_parallelism=min(self.options.max_parallel or len(array.units), len(array.units)),
+            additional_parameters=extra,
+            **({} if dependency is None else {"dependency": dependency}),
         )
+        return executor
 
 
 def _place(stage: Stage) -> dict[str, Any]:
@@ -230,85 +302,9 @@ def _moved(request: dict[str, Any], code: Path | None) -> dict[str, Any]:
     return {**request, "eval": {**own, "yaml": snapshot.moved(own["yaml"], code)}}
 
 
-def _dependency(array: Array, units: Sequence[Unit], arrays: Sequence[Array], record: Mapping[str, Any]) -> str | None:
-    """sbatch's --dependency: aftercorr of one array, or the elements and other studies' jobs that all must have ended."""
-    jobs = [one["job"] for one in record["arrays"]]
-    if array.corresponds is not None:
-        return f"aftercorr:{jobs[array.corresponds]}"
-    ids = {
-        unit: submission.job_id(jobs[place], position, len(made.units))
-        for place, made in enumerate(arrays)
-        for position, unit in enumerate(made.units)
-        if unit in array.waits
-    }
-    success = sorted(id for unit, id in ids.items() if asks_for_success(units[unit], array.shape))
-    rest = sorted({*ids.values(), *array.behind} - set(success))
-    parts = [":".join([kind, *found]) for kind, found in (("afterok", success), ("afterany", rest)) if found]
-    return ",".join(parts) or None
-
-
-def _sbatch(
-    one: Submission,
-    array: Array,
-    units: Sequence[Unit],
-    options: SlurmOptions,
-    record: Mapping[str, Any],
-    dependency: str | None,
-    code: Path | None,
-) -> str:
-    """Submit an array; its job id. Raises ConfigError with sbatch's words."""
-    from submitit.core.utils import FailedSubmissionError
-
-    from zexp.study.launch.slurm import job
-
-    executor = _executor(one, array, units, options, record, dependency, code)
-    paths = [str(one.unit(number)) for number in array.units]
-    try:
-        with cluster.outside_allocations():
-            made = executor.map_array(job.run, paths)
-    except FailedSubmissionError as error:
-        raise ConfigError(f"sbatch refused a job of {array.shape.line()}: {' '.join(str(error).split())}") from error
-    return str(made[0].job_id).partition("_")[0]
-
-
-def _executor(
-    one: Submission,
-    array: Array,
-    units: Sequence[Unit],
-    options: SlurmOptions,
-    record: Mapping[str, Any],
-    dependency: str | None,
-    code: Path | None,
-) -> SlurmExecutor:
-    from submitit import SlurmExecutor
-
-    # Jobs requeue themselves (job.py); submitit's own count of timeouts must not end them.
-    executor = SlurmExecutor(folder=one.folder / "slurm", max_num_timeout=1_000_000_000)
-    threads = max(int(stage.request.get("threads", 1)) for number in array.units for stage in units[number].stages)
-    variables = environment.of_stages(threads, code)
-    if options.offline:
-        variables |= {name: value for name, value in OFFLINE.items() if name != "WANDB_MODE" or name not in os.environ}
-        variables["HF_HOME"] = record["hub"]
-    parameters = array.shape.parameters()
-    extra = {"kill-on-invalid-dep": "yes", "requeue": True, **parameters.pop("additional_parameters")}
-    executor.update_parameters(
-        **parameters,
-        job_name=record["name"],
-        signal_delay_s=options.signal_delay_s,
-        setup=[*environment_lines(variables), *array.shape.setup],
-        # Since 22.05 srun does not take the job's --cpus-per-task. A rank that dies ends the others within seconds, the first of
-        # which writes down why: so they are given a moment, and are killed then (instead of --kill-on-bad-exit, at once).
-        srun_args=[f"--cpus-per-task={array.shape.cpus_per_task}", *(["--kill-on-bad-exit=0", "--wait=30"] if array.shape.tasks > 1 else [])],
-        array_parallelism=min(options.max_parallel or len(array.units), len(array.units)),
-        additional_parameters=extra,
-        **({} if dependency is None else {"dependency": dependency}),
-    )
-    return executor
-
-
-def _summary(arrays: Sequence[Mapping[str, Any]]) -> list[str]:
+def _summary(arrays: Sequence[Array]) -> list[str]:
     """`3 × 1 node, 1 CPU, …` of each shape."""
     counts: dict[str, int] = {}
     for array in arrays:
-        counts[array["shape"]] = counts.get(array["shape"], 0) + len(array["units"])
+        counts[array.shape.line()] = counts.get(array.shape.line(), 0) + len(array.units)
     return [f"{count} × {shape}" for shape, count in counts.items()]
