@@ -89,12 +89,12 @@ def _stage(folder: StageFolder, stage: Any, job: StageJob | None) -> dict[str, A
     if stage.status == "done":
         return about
     last = folder.last_attempt()
-    if folder.holder() is not None:
+    if stage.status not in ("failed", "diverged") and folder.holder() is not None:
         about |= {"status": "running", "progress": None if last is None else last.progress()}
-    elif job is not None and job.said is not None and not job.said.over and stage.status in ("missing", "failed"):
+    elif job is not None and job.waits and stage.status in ("missing", "failed"):
         about |= {"status": "waiting"}
-    elif job is not None and job.failure is not None and stage.status == "missing":
-        about |= {"status": "failed", "reason": job.failure}
+    elif job is not None and job.ended in ("failed", "skipped") and stage.status == "missing":
+        about |= {"status": job.ended, "reason": job.why}
     elif job is not None and job.said is not None and stage.status == "missing":
         about |= {"reason": ": ".join(filter(None, (stage.reason, job.line())))}
     return about
@@ -114,7 +114,7 @@ def _picture(found: Mapping[str, list[dict[str, Any]]], silent: bool, shown: lis
             said = f"[{style}]{stage['status']}[/]" if style else stage["status"]
             table.add_row(*map(escape, (stage["id"], stage["kind"], stage["label"])), said, escape(_note(stage)))
     else:
-        words = ("done", "running", "waiting", "failed", "diverged")
+        words = ("done", "running", "waiting", "failed", "diverged", "skipped")
         for column in ("study", "stages", *words):
             table.add_column(column, justify="left" if column == "study" else "right", overflow="fold")
         for name, stages in found.items():
@@ -169,7 +169,7 @@ def logs(arguments: list[str]) -> int:
         print(last.log, file=sys.stderr)
         sys.stdout.write(last.log.read_text(encoding="utf-8", errors="replace"))
         return 0
-    return _follow(folder, last)
+    return _follow(store, folder, last)
 
 
 def _jobs(store: Store, folder: StageFolder) -> list[StageJob]:
@@ -180,7 +180,7 @@ def _jobs(store: Store, folder: StageFolder) -> list[StageJob]:
 
 def _waits(store: Store, folder: StageFolder) -> bool:
     """A job of the stage is in a queue."""
-    return any(job.said is not None and not job.said.over for job in _jobs(store, folder))
+    return any(job.waits for job in _jobs(store, folder))
 
 
 def _printed_by_job(store: Store, folder: StageFolder) -> Path | None:
@@ -189,8 +189,8 @@ def _printed_by_job(store: Store, folder: StageFolder) -> Path | None:
     return logs[-1] if logs else None
 
 
-def _follow(folder: StageFolder, attempt: AttemptRecord) -> int:
-    """Print the log as it grows; go on with the next attempt's when there is one."""
+def _follow(store: Store, folder: StageFolder, attempt: AttemptRecord) -> int:
+    """Print the log as it grows; go on with the next attempt's when there is one, or a job of the stage will make one."""
     print(attempt.log, file=sys.stderr)
     place = 0
     while True:
@@ -202,9 +202,9 @@ def _follow(folder: StageFolder, attempt: AttemptRecord) -> int:
             attempt, place = newest, 0
             print(attempt.log, file=sys.stderr)
             continue
-        if not alive:
+        if not alive and not _waits(store, folder):
             return 0
-        time.sleep(FOLLOW_SECONDS)
+        time.sleep(FOLLOW_SECONDS if alive else WATCH_SECONDS)
 
 
 def _print_from(attempt: AttemptRecord, place: int) -> int:
@@ -264,6 +264,9 @@ def _scancel(store: Store, study: str, stage: str | None) -> str | None:
     queued = cluster.queue({one.name for one in sent})
     if queued is None:
         raise ConfigError("SLURM's controller does not answer. Nothing was cancelled; try again.")
+    away = sorted({there for one in sent if (there := one.elsewhere()) is not None})
+    if away:
+        raise ConfigError(f"{study} has jobs on the cluster {', '.join(away)}. Cancel it from there. Nothing was cancelled.")
     live = {id: ids for one in sent for id, ids in live_jobs(one, queued).items()}
     if stage is not None:
         live = {id: ids for id, ids in live.items() if any(one.partition("@")[0] == stage for one in ids)}

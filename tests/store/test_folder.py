@@ -1,3 +1,4 @@
+import json
 import os
 import time
 
@@ -261,3 +262,15 @@ def test_a_parent_that_has_to_be_there_is_named_with_what_to_do(make, store):
     impatient = Store(store.root, patience=0).folder("trajectory", folder.id)
     with pytest.raises(StoreError, match=r"has no states/5: .* It has states at: none\. Run the study again"):
         impatient.required("states/5")
+
+
+def test_a_holder_on_another_machine_counts_as_gone_when_it_has_not_beaten_for_long(make):
+    folder = make()
+    timeout = folder.store.lease_times.timeout
+    attempt = folder.attempt({})
+    held = folder.path / f"lease.{attempt.n}"
+    held.write_text(json.dumps({**json.loads(held.read_text()), "boot": "another", "host": "node3"}))
+    os.utime(held, (time.time() - 3 * timeout,) * 2)
+    assert folder.holder()["host"] == "node3", "clocks may differ"
+    os.utime(held, (time.time() - 5 * timeout,) * 2)
+    assert folder.holder() is None

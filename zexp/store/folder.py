@@ -125,6 +125,11 @@ class Store:
             pause = min(2 * pause, 2.0)
 
 
+# Whoever decides sees a lease unchanged for one timeout of its own time. Looking once there is only the file's time: clocks may
+# differ by a minute or two, and an NFS client may show it a minute late.
+_SILENT_TIMEOUTS = 4
+
+
 def named_store() -> str:
     """The store that is meant where none is named: ZEXP_STORE, else `store` in the working directory."""
     return os.environ.get("ZEXP_STORE", "store")
@@ -284,7 +289,8 @@ class StageFolder:
         return attempts[-1] if attempts else None
 
     def holder(self) -> dict[str, Any] | None:
-        """{host, pid, …, n, silent_seconds} of a holder that may be alive, or None.
+        """{host, pid, …, n, silent_seconds} of a holder that may be alive, or None: of one on another machine that has not
+        beaten for four timeouts, too.
 
         For showing, not for deciding: silent_seconds compares the file's time with this machine's clock.
         """
@@ -295,7 +301,10 @@ class StageFolder:
             beat = (self.path / f"lease.{seen.n}").stat().st_mtime
         except FileNotFoundError:
             return None
-        return {**seen.facts, "n": seen.n, "silent_seconds": max(0.0, time.time() - beat)}
+        silent = max(0.0, time.time() - beat)
+        if silent > _SILENT_TIMEOUTS * self.store.lease_times.timeout:
+            return None
+        return {**seen.facts, "n": seen.n, "silent_seconds": silent}
 
 
 def _numbers(folder: Path) -> list[int]:

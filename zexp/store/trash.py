@@ -28,7 +28,7 @@ _DROPPED = "dropped-"
 PREFIXES = (_DROPPED, "trash-")
 # A lease whose holder's process cannot be looked at (another host) and that was silent for so many timeouts is waited
 # for; a younger one is skipped at once.
-_SILENT_TIMEOUTS = 10
+_WATCHED_TIMEOUTS = 2  # so long a holder is watched that looks dead; one that beats on is alive, whatever the clocks say
 _SCRATCH = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
@@ -54,8 +54,8 @@ def held(folder: StageFolder) -> Iterator[lease.Lease]:
 
     def give_up(facts: dict[str, Any], waited: float) -> None:
         found = folder.holder()
-        if found is not None and found["silent_seconds"] < _SILENT_TIMEOUTS * folder.store.lease_times.timeout:
-            raise Busy(said(found))
+        if found is not None or waited > _WATCHED_TIMEOUTS * folder.store.lease_times.timeout:
+            raise Busy(said(facts if found is None else found))
 
     def is_gone() -> bool:
         return not (folder.path / "config.yaml").is_file()

@@ -193,10 +193,14 @@ def _drop_optimizers(plan: plans.Plan, store: Store) -> None:
 
 
 def _ahead(request: Request, plan: plans.Plan, store: Store, study: dict[str, Any]) -> Outlook | None:
-    """What is known before it runs. None if nothing is to do; raises ConfigError for what cannot run here."""
+    """What is known before it runs; what it needs of the hub is fetched. None if nothing is to do; raises ConfigError for what
+    cannot run here."""
     if not plan.to_do:
         return None
-    return outlook(plan, store, start.options(request.launcher, plan, store), study["name"])
+    later = request.trials is not None and request.trials.name is not None  # a batch of a sweep under way
+    ahead = outlook(plan, store, start.options(request.launcher, plan, patient=later), study["name"])
+    start.fetch(plan, store, ahead.options)
+    return ahead
 
 
 def _job_returns(

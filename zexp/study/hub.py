@@ -1,7 +1,7 @@
 """What a study's evaluations load from the Hugging Face hub, fetched by the machine that submits: nodes may not reach it.
 
     store/hub/                 HF_HOME of the jobs, unless the environment names another one
-    store/hub/zexp-fetched/    a file for each task that was fetched
+    store/hub/zexp-fetched/    a file for each task that was fetched, with what the cache had then
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from zexp.config.errors import ConfigError
 from zexp.evaluate.fetch import loads
+from zexp.store import files
 from zexp.store.folder import Store
 from zexp.store.ids import canonical_json
 from zexp.study.launch import environment
@@ -29,7 +30,7 @@ def to_fetch(plan: Plan, store: Store) -> list[dict[str, Any]]:
     for stage in plan.to_do:
         if stage.kind == "eval" and loads(stage.semantic):
             task = stage.semantic["task"]
-            if not (_fetched(store) / _mark(task)).exists():
+            if not _is_there(store, task):
                 found.setdefault(_mark(task), {"task": task, "request": stage.request["eval"]})
     return list(found.values())
 
@@ -56,7 +57,27 @@ def fetch(wanted: list[dict[str, Any]], store: Store) -> None:
         )
     _fetched(store).mkdir(parents=True, exist_ok=True)
     for one in wanted:
-        (_fetched(store) / _mark(one["task"])).touch()
+        files.write_json(_fetched(store) / _mark(one["task"]), {"task": one["task"]["name"], "cache": _cached(store)})
+
+
+def _is_there(store: Store, task: dict[str, Any]) -> bool:
+    """It was fetched, and nothing that the cache had then is gone: by hand, or because scratch is cleared by age."""
+    try:
+        mark = files.read_json(_fetched(store) / _mark(task))
+    except FileNotFoundError:
+        return False
+    return set(mark["cache"]) <= set(_cached(store))
+
+
+def _cached(store: Store) -> list[str]:
+    """The repositories and datasets in the cache of the Hugging Face libraries: their folders."""
+    return sorted(
+        f"{part}/{name}"
+        for part in ("hub", "datasets")
+        if (store.hub / part).is_dir()
+        for name in os.listdir(store.hub / part)
+        if not name.startswith((".", "_"))
+    )
 
 
 def _fetched(store: Store) -> Path:

@@ -31,22 +31,32 @@ class How:
     failed: Mapping[str, Any] = field(default_factory=dict)
 
 
-def options(launcher: Mapping[str, Any], plan: plans.Plan, store: Store) -> LauncherOptions:
+def options(launcher: Mapping[str, Any], plan: plans.Plan, *, patient: bool) -> LauncherOptions:
     """The launcher's options out of the node hydra.launcher, checked, with what the stages ask of this machine or cluster,
-    before anything is written. Raises ConfigError."""
-    from zexp.study import hub
+    before anything is written. patient: a cluster that does not answer is asked again for some minutes. Raises ConfigError."""
     from zexp.study.dispatch import to_launch
     from zexp.study.launch import check_machine, options_of
-    from zexp.study.launch.slurm import SlurmOptions, preflight
+    from zexp.study.launch.slurm import SlurmOptions, cluster, preflight
 
     found = options_of(launcher)
     if isinstance(found, SlurmOptions):
-        preflight([to_launch(stage, 0.0) for stage in plan.to_do], found)
-        if found.offline:
-            hub.fetch(hub.to_fetch(plan, store), store)
+        stages = [to_launch(stage, 0.0) for stage in plan.to_do]
+        if patient:
+            cluster.patiently(lambda: preflight(stages, found))
+        else:
+            preflight(stages, found)
     else:
         check_machine([stage.request for stage in plan.to_do], found)
     return found
+
+
+def fetch(plan: plans.Plan, store: Store, options: LauncherOptions) -> None:
+    """What jobs cannot load where they run. Raises ConfigError if that does not work."""
+    from zexp.study import hub
+    from zexp.study.launch.slurm import SlurmOptions
+
+    if isinstance(options, SlurmOptions) and options.offline:
+        hub.fetch(hub.to_fetch(plan, store), store)
 
 
 def start(plan: plans.Plan, study: str, store: Store, ahead: Outlook, how: How) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def launch(
         from zexp.study.launch.slurm import SlurmLaunch, SlurmOptions
 
         assert isinstance(options, SlurmOptions)
-        return SlurmLaunch(stages, store, options, on_event, study, gate, detach).run()
+        return SlurmLaunch(stages, store, options, on_event, study, gate, detach, failed).run()
     from zexp.study.launch.local import LocalLaunch
 
     assert isinstance(options, LocalOptions)

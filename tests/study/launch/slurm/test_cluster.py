@@ -105,9 +105,12 @@ def test_the_queue_is_said_in_words():
 
 
 def test_an_allocation_that_the_command_runs_in_is_not_handed_on(monkeypatch):
-    for name, value in (("SLURM_MEM_PER_CPU", "4000"), ("SLURM_ARRAY_JOB_ID", "7"), ("SLURM_CONF", "/etc/slurm.conf"), ("SBATCH_ACCOUNT", "lab")):
+    for name, value in (("SLURM_MEM_PER_CPU", "4000"), ("SLURM_ARRAY_JOB_ID", "7"), ("SLURM_CONF", "/etc/slurm.conf"), ("SBATCH_ACCOUNT", "lab"), ("SBATCH_PARTITION", "debug")):
         monkeypatch.setenv(name, value)
-    with cluster.outside_allocations():
+    with cluster.outside_allocations(account=True):
+        assert "SBATCH_ACCOUNT" not in os.environ, "another one was asked for"
+    with cluster.outside_allocations(account=False):
+        assert "SBATCH_PARTITION" not in os.environ
         assert "SLURM_MEM_PER_CPU" not in os.environ and "SLURM_ARRAY_JOB_ID" not in os.environ
         assert os.environ["SLURM_CONF"] == "/etc/slurm.conf" and os.environ["SBATCH_ACCOUNT"] == "lab"
     assert os.environ["SLURM_ARRAY_JOB_ID"] == "7"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from tests.study.launch.tree import Tree
 from zexp.store import files
-from zexp.store.folder import Store
+from zexp.store.folder import StageFolder, Store
 from zexp.study.launch import Outcome
 from zexp.study.launch.slurm import cluster, lookup, submission
 from zexp.study.launch.slurm.cluster import Queued
@@ -31,6 +33,7 @@ class Scheduler:
         monkeypatch.setattr(cluster, "queue", lambda names: self._answer(self.queue[0] if len(self.queue) == 1 else self.queue.pop(0)))
         monkeypatch.setattr(cluster, "ended", lambda ids: self._answer(self.sacct))
         monkeypatch.setattr(cluster, "cancel", self.cancelled.extend)
+        monkeypatch.setattr(cluster, "name", lambda: "here")
 
     def _answer(self, answer: Answer) -> Answer:
         self.asked += 1
@@ -50,7 +53,7 @@ def submitted(tree: Tree, *, seen: bool = True) -> submission.Submission:
     units = {str(n): [stage.id] for n, stage in enumerate(tree.stages)}
     units |= {"99": []}  # so that there is an array
     array = {"units": [int(n) for n in units], "shape": "1 node", "job": "7"}
-    record = {"study": "study", "name": "zexp-study", "uid": os.getuid(), "conf": os.environ.get("SLURM_CONF")}
+    record = {"study": "study", "name": "zexp-study", "uid": os.getuid(), "cluster": "here"}
     files.write_json(one.folder / submission.RECORD, {**record, "units": units, "arrays": [array]})
     if seen:
         files.write_json(one.unit(0).with_suffix(".seen.json"), {})
@@ -181,7 +184,7 @@ def test_a_job_that_says_it_failed_is_believed_at_once_and_its_retries_are_shown
     told = iter([1, 2])
 
     def say() -> None:
-        said = {"result": "failed", "error": "no luck", "attempt": None, "tries": next(told)}
+        said = {"result": "failed", "error": "no luck", "attempt": None, "tries": (tries := next(told)), "final": tries > 1}
         files.write_json(one.unit(0).with_suffix(".ended.json"), {"start": 1, "stages": {"a": said}})
 
     outcome = follow(tree, one, act=say, retries=1)["a"]
@@ -231,6 +234,97 @@ def test_a_look_while_it_is_submitted_does_not_close_a_submission(tree, monkeypa
     files.write_json(one.folder / submission.RECORD, record)
     lookup.jobs_of(tree.store, ["study"])
     assert not one.over, "squeue was asked before it was recorded, or hides it"
+
+
+def test_a_job_that_has_vanished_says_nothing_about_those_that_wait(tree, monkeypatch):
+    """The accounting is asked about the one alone."""
+    tree.add("a")
+    tree.add("b")
+    folder = stage_folder(tree.store, tree.stages[1].full_request())
+    Scheduler(monkeypatch, {"7_1": job("PENDING", "Priority")}, sacct=None)
+    turns = 0
+
+    def publish() -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 40:
+            with folder.attempt({}) as attempt:
+                attempt.publish(attempt.scratch("result"), "result")
+
+    outcomes = follow(tree, submitted(tree), act=publish)
+    assert outcomes["a"].error == "job 7_0 is known neither to squeue nor to sacct"
+    assert outcomes["b"].status == "done"
+
+
+def on_another_machine(folder: StageFolder, *, silent: float) -> None:
+    """The lease of a process that has died on a machine of which this one knows nothing."""
+    attempt = folder.attempt({})
+    held = folder.path / f"lease.{attempt.n}"
+    facts = {**json.loads(held.read_text()), "host": "node3", "boot": "another", "released": False}
+    held.write_text(json.dumps(facts))
+    os.utime(held, (time.time() - silent,) * 2)
+
+
+def test_a_process_that_died_with_its_node_holds_nobody_up(tree, monkeypatch):
+    stage = tree.add("a")
+    folder = stage_folder(tree.store, stage.full_request())
+    one = submitted(tree)
+    Scheduler(monkeypatch, {"7_0": job("RUNNING")}, {"7_0": job("RUNNING")}, {}, sacct={})
+    began: list[None] = []
+
+    def begin() -> None:
+        if not began:
+            began.append(on_another_machine(folder, silent=4 * tree.store.lease_times.timeout + 1))
+
+    assert "known neither" in follow(tree, one, act=begin)["a"].error
+    assert folder.holder() is None
+
+
+def test_the_reason_of_a_job_that_is_over_is_written_down_although_its_lease_still_looks_alive(tree, monkeypatch):
+    stage = tree.add("a")
+    folder = stage_folder(tree.store, stage.full_request())
+    one = submitted(tree)
+    files.write_json(one.unit(0).with_suffix(".seen.json"), {"host": "node3"})
+    Scheduler(monkeypatch, {"7_0": job("RUNNING")}, {"7_0": job("RUNNING")}, {"7_0": job("OUT_OF_MEMORY")})
+    began: list[None] = []
+
+    def begin() -> None:
+        if not began:
+            began.append(on_another_machine(folder, silent=0))
+
+    follow(tree, one, act=begin)
+    assert "ran out of memory" in folder.last_attempt().failure()["error"] and folder.holder() is not None
+
+
+def test_jobs_that_die_as_a_whole_count_as_failures(tree, monkeypatch):
+    tree.add("a")
+    tree.add("b")
+    one = submitted(tree)
+    scheduler = Scheduler(monkeypatch, {"7_0": job("OUT_OF_MEMORY"), "7_1": job("RUNNING")}, {"7_0": job("OUT_OF_MEMORY"), "7_1": job("RUNNING")}, {"7_0": job("OUT_OF_MEMORY"), "7_1": job("CANCELLED")})
+    outcomes = follow(tree, one, max_failures=1)
+    assert scheduler.cancelled == ["7_1"]
+    assert (outcomes["b"].status, outcomes["b"].error) == ("skipped", "stopped after 1 failure (hydra.launcher.max_failures)")
+
+
+def test_a_submission_is_only_closed_where_its_jobs_are(tree, monkeypatch):
+    tree.add("a")
+    one = submitted(tree)
+    os.utime(one.folder / submission.RECORD, (0, 0))
+    Scheduler(monkeypatch, {})
+    monkeypatch.setattr(cluster, "name", lambda: "another")
+    lookup.jobs_of(tree.store, ["study"])
+    assert not one.over
+    monkeypatch.setattr(cluster, "name", lambda: "here")
+    lookup.jobs_of(tree.store, ["study"])
+    assert one.over
+
+
+def test_where_nobody_followed_the_accounting_tells_how_a_job_ended(tree, monkeypatch):
+    tree.add("a")
+    one = submitted(tree)
+    Scheduler(monkeypatch, {"7_1": job("RUNNING")}, sacct={"7_0": job("OUT_OF_MEMORY")})
+    jobs, _ = lookup.jobs_of(tree.store, ["study"])
+    assert jobs["study"]["a"].line() == "job 7_0 OUT_OF_MEMORY" and lookup.read_notes(one)["7_0"].over
 
 
 def test_somebody_elses_submission_is_never_closed(tree, monkeypatch):

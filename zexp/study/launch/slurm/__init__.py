@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,15 +26,16 @@ class SlurmLaunch:
     study: str
     gate: Mapping[str, Any] | None
     detach: bool
+    failed: int
 
     def run(self) -> dict[str, Outcome]:
         from zexp.study.launch.slurm import submit
         from zexp.study.launch.slurm.follow import Follow
 
-        submitted = submit.submit(self.stages, self.store, self.options, self.study, self.gate, self.on_event)
+        submitted = submit.submit(self.stages, self.store, self.options, self.study, self.gate, self.failed, self.on_event)
         if self.detach:
             return {stage.id: Outcome(status="submitted") for stage in self.stages}
-        return Follow(self.stages, self.store, self.options, self.on_event, self.study, submitted).run()
+        return Follow(self.stages, self.store, self.options, self.on_event, self.study, submitted, self.failed).run()
 
 
 def preflight(stages: Sequence[Stage], options: SlurmOptions) -> None:
@@ -43,6 +45,9 @@ def preflight(stages: Sequence[Stage], options: SlurmOptions) -> None:
     from zexp.study.launch.slurm import check, cluster, submit
 
     cluster.require()
+    theirs = sorted(name for name in os.environ if name.startswith(cluster.SBATCH) and name != cluster.ACCOUNT)
+    if theirs:
+        print(f"Warning: {', '.join(theirs)} in the environment: not used for jobs. What they ask for: hydra.launcher.", file=sys.stderr)
     shapes = submit.shapes_of(stages, options)
     blind = [stage for stage in stages if stage.request.get("device") == "cuda" and not shapes[stage.id].gpus_per_node]
     if blind:

@@ -59,7 +59,7 @@ def check(shapes: Collection[Shape]) -> list[Partition]:
     problems = problems_of(shapes, there)
     problems.raise_if_any()
     for shape in shapes:
-        if refusal := cluster.refusal(shape.arguments()):
+        if refusal := cluster.refusal(shape.arguments(), account=shape.names_account):
             problems.add(f"sbatch would refuse a job of {shape.line()}: {refusal}.")
     problems.raise_if_any()
     names = {name.strip() for shape in shapes if shape.partition is not None for name in shape.partition.split(",")}

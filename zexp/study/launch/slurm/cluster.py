@@ -11,12 +11,19 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from zexp.config.errors import ConfigError
 
+T = TypeVar("T")
 COMMAND_SECONDS = 60.0
+AGAIN_SECONDS = 5.0
+ANSWER_SECONDS = 300.0  # for how long a controller that is away is asked again, once something of a study is under way
+SBATCH = "SBATCH_"  # variables that stand for options of sbatch
+ACCOUNT = "SBATCH_ACCOUNT"
 NEEDED = ("sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel")
 # States of a job that will not run again by itself. squeue shows them for some minutes, sacct for ever.
 OVER = {
@@ -51,6 +58,22 @@ class Queued:
         return self.state in OVER
 
 
+class NoAnswer(ConfigError):
+    """The controller did not answer."""
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What ask() returns; it is asked again while the controller does not answer, for some minutes (a restart, a failover)."""
+    end = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return ask()
+        except NoAnswer:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(AGAIN_SECONDS)
+
+
 def require() -> None:
     """Raises ConfigError if SLURM's commands are not on the path."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
@@ -64,7 +87,7 @@ def require() -> None:
 def partitions() -> list[Partition]:
     """What the partitions offer. Raises ConfigError if the cluster does not answer."""
     found = []
-    for line in _asked("sinfo", "-h", "-e", "-o", "%P|%l|%G|%c|%m|%D").splitlines():
+    for line in _asked("sinfo", "-a", "-h", "-e", "-o", "%P|%l|%G|%c|%m|%D").splitlines():
         name, limit, gres, cpus, memory, nodes = line.strip().split("|")
         found.append(
             Partition(
@@ -82,15 +105,25 @@ def partitions() -> list[Partition]:
 
 def max_array_size() -> int:
     """How many elements an array may have. Raises ConfigError if the cluster does not answer."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _asked("scontrol", "show", "config"), re.MULTILINE)
+    return max(1, int(_setting("MaxArraySize")))
+
+
+def name() -> str:
+    """What the cluster is called. Raises ConfigError if it does not answer."""
+    return _setting("ClusterName")
+
+
+def _setting(key: str) -> str:
+    found = re.search(rf"^{key}\s*=\s*(\S+)", _asked("scontrol", "show", "config"), re.MULTILINE)
     if found is None:
-        raise ConfigError("`scontrol show config` names no MaxArraySize.")
-    return max(1, int(found[1]))
+        raise ConfigError(f"`scontrol show config` names no {key}.")
+    return found[1]
 
 
-def refusal(arguments: Sequence[str]) -> str | None:
-    """Why sbatch would refuse a job with these options (account, QOS, limits …), or None. Nothing is queued."""
-    with outside_allocations():
+def refusal(arguments: Sequence[str], *, account: bool) -> str | None:
+    """Why sbatch would refuse a job with these options (account, QOS, limits …), or None. Nothing is queued. account: they name
+    one."""
+    with outside_allocations(account=account):
         done = _run("sbatch", "--test-only", *arguments, "--wrap=true")
     if done is None or done.returncode == 0:
         return None
@@ -98,12 +131,15 @@ def refusal(arguments: Sequence[str]) -> str | None:
 
 
 @contextlib.contextmanager
-def outside_allocations() -> Iterator[None]:
-    """The variables of a job that this command runs in are not there: they are not meant for the jobs that it submits."""
+def outside_allocations(*, account: bool) -> Iterator[None]:
+    """The variables of a job that this command runs in are not there: they are not meant for the jobs that it submits. Nor are
+    sbatch's own, which would overrule the options of a script, and so what was asked for; but for the account that people put
+    into their shells, unless one is asked for (account)."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", *(() if account else (ACCOUNT,)))
     theirs = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and name not in ("SLURM_CONF", "SLURM_CLUSTERS")
+        if name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", SBATCH)) and name not in kept
     }
     for name in theirs:
         del os.environ[name]
@@ -118,7 +154,7 @@ def queue(names: Iterable[str]) -> dict[str, Queued] | None:
 
     Those that have ended are among them for some minutes (MinJobAge).
     """
-    done = _run("squeue", "-h", "-r", "-t", "all", "-n", ",".join(names), "-o", "%i|%T|%r|%N")
+    done = _run("squeue", "-a", "-h", "-r", "-t", "all", "-n", ",".join(names), "-o", "%i|%T|%r|%N")
     if done is None or done.returncode != 0:
         return None
     found = {}
@@ -177,6 +213,13 @@ def cancel(ids: Sequence[str]) -> None:
         raise ConfigError(f"`scancel` failed: {' '.join(dict.fromkeys(refusals))}")
 
 
+def cancel_named(name: str) -> None:
+    """End all jobs of a name. Raises ConfigError if SLURM does not answer or refuses."""
+    done = _run("scancel", "--name", name)
+    if done is None or done.returncode != 0:
+        raise ConfigError(f"`scancel --name {name}` failed: {'the controller does not answer' if done is None else _said(done.stderr)}")
+
+
 def requeue(id: str) -> str | None:
     """Put a running job back into the queue; why that did not work, or None."""
     done = _run("scontrol", "requeue", id)
@@ -218,9 +261,10 @@ def gpus_of(gres: str) -> int:
 def _asked(*command: str) -> str:
     done = _run(*command)
     if done is None:
-        raise ConfigError(f"SLURM does not answer (`{' '.join(command[:3])}`). Is its controller up? `scontrol ping` tells.")
+        raise NoAnswer(f"SLURM does not answer (`{' '.join(command[:3])}`). Is its controller up? `scontrol ping` tells.")
     if done.returncode != 0:
-        raise ConfigError(f"`{' '.join(command[:3])}` failed: {_said(done.stderr)}")
+        away = re.search(r"(?i)unable to contact|timed out|connect", done.stderr) is not None
+        raise (NoAnswer if away else ConfigError)(f"`{' '.join(command[:3])}` failed: {_said(done.stderr)}")
     return done.stdout
 
 

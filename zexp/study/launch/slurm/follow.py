@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zexp.config.errors import ConfigError
 from zexp.store.attempt import AttemptRecord
 from zexp.store.folder import StageFolder, Store
 from zexp.study.launch import detach, ended
-from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, Status
+from zexp.study.launch.base import Event, OnEvent, Outcome, Stage, Status, stopped_after
 from zexp.study.launch.slurm import cluster, lookup
 from zexp.study.launch.slurm.cluster import Queued
 from zexp.study.launch.slurm.options import SlurmOptions
@@ -66,6 +67,7 @@ class Follow:
     on_event: OnEvent
     study: str
     submissions: Sequence[Submission]
+    failed_before: int = 0  # stages of the study that have failed in an earlier launch
     _outcomes: dict[str, Outcome] = field(default_factory=dict)
     _watched: dict[str, _Watched] = field(default_factory=dict)
     _queued: dict[str, Queued] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class Follow:
     _seen: bool = False  # a job has left a trace in the store
     _ask_sacct: list[str] = field(default_factory=list)
     _known: set[str] = field(default_factory=set)  # the jobs of the last answer
+    _asked: set[str] | None = None  # the jobs that it was about; None = all
 
     def run(self) -> dict[str, Outcome]:
         """How each stage ended; `submitted` for what Ctrl-C left in the queue."""
@@ -119,6 +122,7 @@ class Follow:
     def _ask(self) -> bool:
         """One question to the scheduler; True if it answered."""
         about, self._ask_sacct = self._ask_sacct, []
+        self._asked = set(about) or None
         found = cluster.ended(about) if about else cluster.queue({sent.name for sent in self.submissions})
         now = time.monotonic()
         self._known = set()
@@ -171,7 +175,7 @@ class Follow:
         result, tries = said["result"], said["tries"]
         if said["attempt"] is not None:
             one.attempt = Path(said["attempt"])
-        if result == "failed" and 0 < tries <= self.options.retries:
+        if not said["final"]:
             if tries > one.told:
                 one.told = tries
                 outcome = self._outcome(one, "failed", said["error"], tries)
@@ -190,13 +194,15 @@ class Follow:
         if not one.jobs:
             self._settle(one, "interrupted", "no job of it is in the queue")
             return
-        sent, _, id = one.jobs[-1]
+        sent, unit, id = one.jobs[-1]
+        if self._asked is not None and id not in self._asked:
+            return
         found = self._queued.get(id)
         if found is None or (id not in self._known and not found.over):
             one.unknown += 1
             if one.unknown >= LOST_POLLS and one.folder.holder() is None:
                 self._settle(one, "interrupted", f"job {id} is known neither to squeue nor to sacct")
-            elif id not in self._ask_sacct:
+            elif self._asked is None and id not in self._ask_sacct:
                 self._ask_sacct.append(id)
             return
         one.unknown = 0
@@ -211,9 +217,15 @@ class Follow:
         status, error = self._explain(sent, id, found)
         if status == "failed":
             last = one.folder.last_attempt()
-            if last is not None and last.n > one.attempts and one.folder.holder() is None:  # else it is somebody else's
+            if last is not None and last.n > one.attempts and self._left_by(sent, unit, one.folder):  # else it is somebody else's
                 last.record_failure(error)
         self._settle(one, status, error)
+
+    def _left_by(self, sent: Submission, unit: int, folder: StageFolder) -> bool:
+        """Nobody works at the stage, or the lease is the one of the job that is over: on another machine it looks alive for a
+        while."""
+        holder, start = folder.holder(), sent.start(unit)
+        return holder is None or (start is not None and holder.get("host") == start["host"])
 
     def _explain(self, sent: Submission, id: str, found: Queued) -> tuple[Status, str]:
         if found.state == "CANCELLED" and "Dependency" in found.reason:
@@ -238,9 +250,22 @@ class Follow:
         if status == "done":
             return
         why = f"{one.stage.label or one.stage.id} is {status}"
+        if status == "failed":
+            self._stop_if_enough()
         for child in self._watched.values():
             if one.stage.id in child.stage.parents and child.stage.id not in self._outcomes:
                 self._settle(child, "skipped", why)
+
+    def _stop_if_enough(self) -> None:
+        """Jobs count the failures that they live to tell of; a job that ended as a whole is counted here."""
+        failed = self.failed_before + sum(one.status == "failed" for one in self._outcomes.values())
+        most = self.options.max_failures
+        if most is None or failed < most or not self.submissions or self.submissions[-1].stopped is not None:
+            return
+        self.submissions[-1].stop(stopped_after(failed))
+        live = [id for one in self.submissions for id in lookup.live_jobs(one, self._queued)]
+        if live:
+            cluster.cancel(live)
 
     def _outcome(self, one: _Watched, status: Status, error: str | None, tries: int) -> Outcome:
         log = None
@@ -279,8 +304,11 @@ class Follow:
             "on a file system that login and compute nodes share (store=DIR)."
         )
         if live:
-            cluster.cancel(live)
-            text += f" The other {len(live)} jobs were cancelled."
+            try:
+                cluster.cancel(live)
+                text += f" The other {len(live)} jobs were cancelled."
+            except ConfigError as error:
+                text += f" The other {len(live)} jobs could not be cancelled: {error}"
         for one in self._watched.values():
             if one.stage.id not in self._outcomes:
                 self._settle(one, "failed", text)

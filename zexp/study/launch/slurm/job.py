@@ -26,6 +26,7 @@ from typing import Any
 
 from zexp.config.errors import ConfigError
 from zexp.store import files, lease
+from zexp.store.attempt import Attempt, AttemptRecord
 from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
 from zexp.store.lease import LeaseTimes
@@ -36,6 +37,7 @@ from zexp.study.launch.slurm import cluster, submission
 from zexp.study.ranks import run_task
 from zexp.study.stages import NEED_TORCH, Result, divergence, is_done, stage_folder
 
+TOLD_BY = (signal.SIGUSR2, signal.SIGTERM)
 LOOK_SECONDS = 0.05  # how often a running stage's process is looked at
 REQUEUE_SECONDS = 300.0  # for how long a controller that is away is asked again
 SILENT_SECONDS = 300.0  # of a slot; a job may wait for a parent to become visible meanwhile
@@ -124,9 +126,11 @@ class _Job:
     def run(self) -> int:
         self._unit = files.read_json(self.path)
         self.store = Store(Path(self._unit["store"]))
-        for number in (signal.SIGUSR2, signal.SIGTERM):
+        for number in TOLD_BY:
             signal.signal(number, self._hear)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        told = self.path.with_suffix(".ended.json")
+        self._said = files.read_json(told)["stages"] if told.is_file() else {}
         given_up = self._count_start()
         try:
             return self._run_stages(given_up)
@@ -138,6 +142,7 @@ class _Job:
     def _run_stages(self, given_up: str | None) -> int:
         """The exit code."""
         code = 0
+        gave_up_at: str | None = None
         for stage in self._unit["stages"]:
             request = stage["request"]
             if self.told is not None:
@@ -145,14 +150,24 @@ class _Job:
             if self._is_there(request):
                 self._say(request, "done")
                 continue
+            before = self._said.get(request["stage"])
+            if before is not None and before["final"] and before["result"] in ("failed", "diverged"):
+                code = 1  # at an earlier start; it is not tried again each time that another stage of the unit is interrupted
+                continue
+            if gave_up_at is not None:
+                self._say(request, "skipped", f"its job has given up at {gave_up_at}")
+                continue
             refusal = self._refusal(stage)
             if refusal is not None:
+                if self.told is not None:
+                    return self._requeue_or_stop()
                 self._say(request, *refusal)
                 code = 1
                 continue
             if given_up is not None:
                 self._fail(request, given_up)
-                return 1
+                gave_up_at, code = request["stage"], 1
+                continue
             self._preload(request)  # before a slot is taken, which does not beat meanwhile
             if not self._has_slot():
                 return self._requeue_or_stop()
@@ -178,9 +193,7 @@ class _Job:
                 fruitless += 1
         starts = 1 if before is None else before["starts"] + 1
         facts = {"job": _id(), "host": os.uname().nodename, "node": os.environ.get("SLURMD_NODENAME"), "pid": os.getpid()}
-        tries = 0 if before is None else before["tries"]
         self._seen = {**facts, "time": time.time(), "starts": starts, "fruitless": fruitless, "far": far, "waited": False}
-        self._seen["tries"] = tries
         files.write_json(seen, self._seen)
         print(f"start {starts} of {self.path}", flush=True)
         if fruitless < self._unit["max_fruitless"]:
@@ -222,6 +235,9 @@ class _Job:
             if is_done(folder, parent) or (may_come and self.store.wait_for(folder.path / place)):
                 continue
             why = divergence(folder, parent)
+            if why is None and (holder := folder.holder()) is not None:
+                self.busy = True
+                self.told = f"{parent['label']} ({parent['stage']}) is in the hands of process {holder.get('pid')} on {holder.get('host')}"
             return "skipped", f"{parent['label']} ({parent['stage']}) {'is not done' if why is None else why}"
         if self._unit["gate"] is not None and stage["request"]["kind"] in NEED_TORCH:
             problems = gate.problems(files.read_json(Path(self._unit["gate"])), self.store)
@@ -253,24 +269,22 @@ class _Job:
         """Run a stage, again after a failure as often as is asked for. interrupted: it goes on when the job is started again."""
         self._give_word(run=True)
         # Of several tasks the others end with a failed one, so a job of them is tried again by being requeued.
-        before, here = self._seen["tries"], (self._unit["retries"] + 1 if self._unit["tasks"] == 1 else 1)
-        for turn in range(before, before + here):
+        before, most = self._said.get(request["stage"], {}).get("tries", 0), self._unit["retries"]
+        for turn in range(before, most + 1):
             end = self._run(request)
             if self._is_there(request):
                 self._say(request, "done")
                 return "done"
             if end.result == "interrupted" or self.told is not None:
                 return "interrupted"
-            self._say(request, end.result, end.error, attempt=end.attempt, tries=turn + 1)
+            again = end.result == "failed" and turn < most
+            self._say(request, end.result, end.error, attempt=end.attempt, tries=turn + 1, final=not again)
             if end.result == "failed" and end.attempt is not None:
-                from zexp.store.attempt import AttemptRecord
-
                 AttemptRecord(end.attempt, int(end.attempt.name)).record_failure(end.error or "no reason was given")
             if end.result != "failed":
                 return end.result
             print(f"{request['stage']} failed: {end.error}", flush=True)
-            if self._unit["tasks"] > 1 and turn < self._unit["retries"]:
-                self._seen["tries"] = turn + 1
+            if self._unit["tasks"] > 1 and again:
                 self.busy, self.told = True, "it is tried again"
                 return "interrupted"
         self._count_failure(request)
@@ -294,13 +308,16 @@ class _Job:
         read_job, lifeline = os.pipe()
         report, write_report = os.pipe()
         sys.stdout.flush()
+        # Not between the fork and the child's own handlers: the handler of the job would swallow it there.
+        signal.pthread_sigmask(signal.SIG_BLOCK, TOLD_BY)
         pid = os.fork()
         if pid == 0:
             _be_the_child(self._unit, request, (lifeline, report), read_job, write_report)
+        self._child = pid
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TOLD_BY)
         os.close(read_job)
         os.close(write_report)
         os.set_blocking(report, False)
-        self._child = pid
         if self.told is not None:  # it came in between
             os.kill(pid, signal.SIGTERM)
         end, unread = _Ended(), b""
@@ -374,34 +391,46 @@ class _Job:
         folder = self.path.parent.parent
         (folder / "failed").mkdir(exist_ok=True)
         (folder / "failed" / request["stage"]).touch()
-        failed = sorted(os.listdir(folder / "failed"))
-        if len(failed) < most:
+        failed = len(os.listdir(folder / "failed")) + self._unit["failed_before"]
+        if failed < most:
             return
-        reason = stopped_after(len(failed))
-        files.write_json(folder / submission.STOPPED, {"reason": reason, "failed": failed})
-        others = [id for id in submission.Submission("", folder).jobs() if id != _id()]
+        reason, own = stopped_after(failed), submission.Submission("", folder)
+        own.stop(reason)
+        others = [id for id in own.jobs() if id != _id()]
         print(f"{reason}; its other jobs are cancelled", flush=True)
         if others:
             cluster.cancel(others)
 
-    def _fail(self, request: Mapping[str, Any], why: str) -> None:
+    def _fail(self, request: dict[str, Any], why: str) -> None:
         """Record a failure that no process of the stage could record."""
         print(f"{request['stage']}: {why}", flush=True)
         folder = stage_folder(self.store, request)
         last = folder.last_attempt()
+        if last is None and (taken := lease.take(folder.path, self.store.lease_times)) is not None:
+            Attempt(folder, taken, request)  # so that whoever looks at the store later finds the reason there
+            taken.release()
+            last = folder.last_attempt()
         if last is not None and folder.holder() is None:  # else it is somebody else's
             last.record_failure(why)
         self._say(request, "failed", why, attempt=None if last is None else last.path)
+        self._count_failure(request)
 
     def _say(
-        self, request: Mapping[str, Any], result: str, error: str | None = None, attempt: Path | None = None, tries: int = 0
+        self,
+        request: Mapping[str, Any],
+        result: str,
+        error: str | None = None,
+        attempt: Path | None = None,
+        tries: int = 0,
+        final: bool = True,
     ) -> None:
-        """For those who follow: hints; what is done is in the store."""
+        """For those who follow: hints; what is done is in the store. final: this job does not try it again."""
         self._said[request["stage"]] = {
             "result": result,
             "error": error,
             "attempt": None if attempt is None else str(attempt),
             "tries": tries,
+            "final": final,
         }
         files.write_json(self.path.with_suffix(".ended.json"), {"start": self._seen["starts"], "stages": self._said})
 
@@ -411,8 +440,9 @@ def _be_the_child(
 ) -> None:
     try:
         os.setpgid(0, 0)  # so that what the stage starts can be ended with it
-        for number in (signal.SIGTERM, signal.SIGUSR2):
+        for number in TOLD_BY:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TOLD_BY)
         for end in not_mine:
             os.close(end)
         from zexp.study.launch.child import run_job

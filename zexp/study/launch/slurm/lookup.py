@@ -21,13 +21,19 @@ NOTES = "jobs.json"
 
 @dataclass(frozen=True)
 class StageJob:
-    """The newest job of a stage. said: what the scheduler says of it, None if nothing is known; failure: why the stage failed,
-    as the job itself says."""
+    """The newest job of a stage. said: what the scheduler says of it, None if nothing is known; ended: how the stage ended, as
+    the job itself says (failed, skipped …), None as long as it works at it or waits; why: the reason."""
 
     id: str
     submission: Submission
     said: Queued | None
-    failure: str | None = None
+    ended: str | None = None
+    why: str | None = None
+
+    @property
+    def waits(self) -> bool:
+        """It is in the queue or runs, and has not said how the stage ended."""
+        return self.said is not None and not self.said.over and self.ended is None
 
     def line(self) -> str:
         """`job 12_3 RUNNING on node2`."""
@@ -42,30 +48,44 @@ class StageJob:
 
 
 def jobs_of(store: Store, studies: Iterable[str]) -> tuple[dict[str, dict[str, StageJob]], bool]:
-    """(study -> stage -> its newest job, whether the scheduler was asked in vain): at most one question for all studies."""
+    """(study -> stage -> its newest job, whether the scheduler was asked in vain): one question for all studies, and one to the
+    accounting if squeue has forgotten jobs whose end nobody has noted."""
     found: dict[str, dict[str, StageJob]] = {}
     known = {study: submission.of_study(store, study) for study in studies}
     # Read before the question: a job that is recorded later is not missed by it.
     open_ones = [one for sent in known.values() for one in sent if not one.over]
+    reasons = {one.folder: one.stopped for sent in known.values() for one in sent}
     listed = {one.folder: (one.jobs(), one.units()) for sent in known.values() for one in sent}
     queued = cluster.queue({one.name for one in open_ones}) if open_ones else {}
+    notes = {one.folder: read_notes(one) for sent in known.values() for one in sent}
+    if queued is not None:
+        queued = {**_forgotten([(listed[one.folder][0], notes[one.folder]) for one in open_ones], queued), **queued}
     for study, sent in known.items():
         stages = found.setdefault(study, {})
         for one in sent:
-            notes = read_notes(one)
             jobs, units = listed[one.folder]
             now = {} if one.over else cluster.about(jobs, queued or {})
-            said = notes | now
+            said = notes[one.folder] | now
             note(one, now)
             if queued is not None and not one.over:
                 with contextlib.suppress(PermissionError):
                     one.end_if_over(said)
             for id, unit in units.items():
                 for stage in jobs[id]:
-                    told = one.said(unit, stage)
-                    failure = told["error"] if told is not None and told["result"] == "failed" else None
-                    stages[stage] = StageJob(id, one, said.get(id), failure)
+                    told, scheduler = one.said(unit, stage), said.get(id)
+                    if told is not None and told["final"]:
+                        stages[stage] = StageJob(id, one, scheduler, told["result"], told["error"])
+                    elif scheduler is not None and scheduler.state == "CANCELLED" and reasons[one.folder] is not None:
+                        stages[stage] = StageJob(id, one, scheduler, "skipped", reasons[one.folder])
+                    else:
+                        stages[stage] = StageJob(id, one, scheduler)
     return found, queued is None
+
+
+def _forgotten(sent: Iterable[tuple[Iterable[str], Mapping[str, Queued]]], queued: Mapping[str, Queued]) -> dict[str, Queued]:
+    """What the accounting says of jobs that are neither in squeue's answer nor noted. sent: the jobs of submissions, their notes."""
+    lost = [id for jobs, notes in sent for id in jobs if id not in notes and id not in cluster.about(jobs, queued)]
+    return (cluster.ended(lost) or {}) if lost else {}
 
 
 def live_jobs(one: Submission, queued: Mapping[str, Queued]) -> dict[str, list[str]]:

@@ -164,6 +164,10 @@ class Shape:
     def tasks(self) -> int:
         return self.nodes * self.tasks_per_node
 
+    @property
+    def names_account(self) -> bool:
+        return any(key == "account" for key, _ in self.others)
+
     def parameters(self) -> dict[str, Any]:
         """For submitit."""
         mem = {} if self.mem_gb is None else {"mem": f"{max(1, round(self.mem_gb * 1024))}M"}

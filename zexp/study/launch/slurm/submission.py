@@ -3,6 +3,7 @@
     store/studies/<name>/submissions/<n>/submission.json    the arrays with their job ids
                                         units/<k>.json      what the job of a unit runs
                                         units/<k>.seen.json how far it was at its last starts (written by the job)
+                                        units/<k>.ended.json  how its stages ended, as the job says
                                         stopped.json        why nothing more of it is started (written by a job)
                                         slurm/              submitit's scripts, and the jobs' own output
 
@@ -11,6 +12,7 @@ Nothing here says that a stage is done: the store does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -22,6 +24,7 @@ from typing import Any
 
 from zexp.store import files
 from zexp.store.folder import Store
+from zexp.study.launch.slurm import cluster
 
 RECORD = "submission.json"
 STOPPED = "stopped.json"  # why nothing more of it is started (written by a job)
@@ -71,8 +74,17 @@ class Submission:
             for place, unit in enumerate(array["units"])
         }
 
+    def start(self, unit: int) -> dict[str, Any] | None:
+        """What a unit's job noted when it was started last: {job, host, node, pid, starts, …}; None if it never was."""
+        try:
+            found: dict[str, Any] | None = files.read_json(self.unit(unit).with_suffix(".seen.json"))
+        except FileNotFoundError:
+            return None
+        return found
+
     def said(self, unit: int, stage: str) -> dict[str, Any] | None:
-        """What a unit's job said of one of its stages: {result, error, attempt, tries}; None if it has said nothing."""
+        """What a unit's job said of one of its stages: {result, error, attempt, tries, final}; None if it has said nothing.
+        final: the job will not try it again."""
         try:
             found: dict[str, Any] | None = files.read_json(self.unit(unit).with_suffix(".ended.json"))["stages"].get(stage)
         except FileNotFoundError:
@@ -85,6 +97,10 @@ class Submission:
         path = self.folder / STOPPED
         return str(files.read_json(path)["reason"]) if path.is_file() else None
 
+    def stop(self, reason: str) -> None:
+        """Nothing more of it is started; its jobs look here first."""
+        files.write_json(self.folder / STOPPED, {"reason": reason})
+
     @property
     def over(self) -> bool:
         return (self.folder / OVER).exists()
@@ -92,16 +108,24 @@ class Submission:
     def end_if_over(self, said: Mapping[str, Any]) -> None:
         """Close it if no job of it is left. said: what the scheduler says, or said, of its jobs, by id.
 
-        Only its own user closes it, who sees its jobs on its own cluster: to others they may be hidden. A job that squeue does
+        Only its own user closes it, who sees its jobs, on its own cluster: to others they may be hidden. A job that squeue does
         not know has ended, once sbatch is some minutes ago.
         """
         record = self.record()
-        mine = (record["uid"], record["conf"]) == (os.getuid(), os.environ.get("SLURM_CONF"))
         old = time.time() - (self.folder / RECORD).stat().st_mtime > SETTLED_SECONDS
         known = [said.get(id) for id in self.jobs()]
         made = all(array["job"] is not None for array in record["arrays"])
-        if mine and (old or (made and None not in known)) and all(job is None or job.over for job in known):
-            (self.folder / OVER).touch()
+        ended = (old or (made and None not in known)) and all(job is None or job.over for job in known)
+        if ended and record["uid"] == os.getuid():
+            with contextlib.suppress(cluster.NoAnswer):  # the next look closes it
+                if self.elsewhere() is None:
+                    (self.folder / OVER).touch()
+
+    def elsewhere(self) -> str | None:
+        """The name of the cluster that has its jobs, if it is not the one that is asked here. Raises ConfigError if that one does
+        not answer."""
+        theirs = str(self.record()["cluster"])
+        return None if theirs == cluster.name() else theirs
 
 
 def new(store: Store, study: str) -> Submission:
@@ -134,10 +158,11 @@ def open_ones(store: Store) -> Iterator[Submission]:
                 yield one
 
 
-def job_name(store: Store, study: str) -> str:
-    """The name of a study's jobs: readable, and no other study's or store's (squeue asks for jobs by their names)."""
-    readable = re.sub(r"[^\w.-]+", "_", study)[:40]
-    return f"zexp-{readable}-{hashlib.sha256(f'{store.root.resolve()}/{study}'.encode()).hexdigest()[:8]}"
+def job_name(store: Store, one: Submission) -> str:
+    """The name of a submission's jobs: readable, and no other one's (squeue and scancel are asked for jobs by their names)."""
+    readable = re.sub(r"[^\w.-]+", "_", one.study)[:40]
+    digest = hashlib.sha256(f"{store.root.resolve()}/{one.study}".encode()).hexdigest()[:8]
+    return f"zexp-{readable}-{digest}-{one.number}"
 
 
 def job_id(array: str, place: int, size: int) -> str:

@@ -49,10 +49,12 @@ def submit(
     options: SlurmOptions,
     study: str,
     gate: Mapping[str, Any] | None,
+    failed: int,
     on_event: OnEvent,
 ) -> list[Submission]:
     """Submit what no live job of the study has in hand; all submissions of the study with live jobs, the new one last.
 
+    failed: how many stages of the study have failed in earlier batches of its sweep.
     Two commands on one store submit one after the other, so that the second sees what the first one has queued.
     Raises ConfigError if the cluster refuses; what was queued by then is cancelled.
     """
@@ -60,13 +62,13 @@ def submit(
     assert turn is not None
     turn.start()
     try:
-        held = in_hand(store, study)
+        held = cluster.patiently(lambda: in_hand(store, study))
         going = _going_on(stages, held)
         rest = [stage for stage in stages if stage.id not in going]
         if not rest:
             on_event(Event(kind="slot", text="All of it is in the queue already."))
             return list(held.submissions)
-        return [*held.submissions, _submit(rest, stages, store, options, study, gate, held, on_event)]
+        return [*held.submissions, _submit(rest, stages, store, options, study, gate, failed, held, on_event)]
     finally:
         turn.release()
 
@@ -83,14 +85,14 @@ def _going_on(stages: Sequence[Stage], held: InHand) -> set[str]:
 
 
 def in_hand(store: Store, study: str) -> InHand:
-    """One question to the scheduler about all submissions of the store that may have jobs. Raises ConfigError if it does not
-    answer: submitting blindly would queue stages twice."""
+    """One question to the scheduler about all submissions of the store that may have jobs; a stage that its job has failed at is
+    in nobody's hands. Raises ConfigError if it does not answer: submitting blindly would queue stages twice."""
     known = list(submission.open_ones(store))
     if not known:
         return InHand()
     queued = cluster.queue({one.name for one in known})
     if queued is None:
-        raise ConfigError("SLURM's controller does not answer, so what is queued already is unknown. Nothing was submitted.")
+        raise cluster.NoAnswer("SLURM's controller does not answer, so what is queued already is unknown. Nothing was submitted.")
     own: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
     live: list[Submission] = []
@@ -100,8 +102,12 @@ def in_hand(store: Store, study: str) -> InHand:
             one.end_if_over(lookup.read_notes(one) | cluster.about(one.jobs(), queued))
         if one.study == study and jobs:
             live.append(one)
+        units = one.units()
         for id, ids in jobs.items():
             for stage in ids:
+                told = one.said(units[id], stage)
+                if told is not None and told["final"] and told["result"] != "done":
+                    continue
                 (own if one.study == study else others).setdefault(stage, []).append(id)
     return InHand(own, others, tuple(live))
 
@@ -113,15 +119,16 @@ def _submit(
     options: SlurmOptions,
     study: str,
     gate: Mapping[str, Any] | None,
+    failed: int,
     held: InHand,
     on_event: OnEvent,
 ) -> Submission:
     shapes = shapes_of(rest, options)
     behind = {stage.id: frozenset(_behind(stage, held)) for stage in rest}
     units = units_of(rest, shapes, {name: options.resources(name) for name in set(CLASSES.values())}, behind)
-    arrays = arrays_of(units, cluster.max_array_size())
+    arrays = arrays_of(units, cluster.patiently(cluster.max_array_size))
     code = snapshot.take(store) if options.snapshot else None
-    draft = _Draft(submission.new(store, study), store, options, units, arrays, code)
+    draft = _Draft(submission.new(store, study), store, options, units, arrays, code, failed)
     draft.write_units({stage.id: stage for stage in stages}, gate)
     draft.submit()
     jobs = len(units)
@@ -153,6 +160,7 @@ class _Draft:
     units: Sequence[Unit]
     arrays: Sequence[Array]
     code: Path | None
+    failed: int  # stages of the study that have failed before
 
     def write_units(self, stages: Mapping[str, Stage], gate: Mapping[str, Any] | None) -> None:
         """What each job reads. stages: all of the study, by id."""
@@ -171,6 +179,7 @@ class _Draft:
                     "gate": None if asked is None else str(asked),
                     "retries": options.retries,
                     "max_failures": options.max_failures,
+                    "failed_before": self.failed,
                     "max_fruitless": options.max_fruitless,
                     "max_parallel": options.max_parallel,
                     "grace_seconds": options.grace_seconds,
@@ -207,8 +216,8 @@ class _Draft:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "uid": os.getuid(),
-            "conf": os.environ.get("SLURM_CONF"),
-            "name": submission.job_name(self.store, self.submission.study),
+            "cluster": cluster.name(),
+            "name": submission.job_name(self.store, self.submission),
             "code": None if self.code is None else str(self.code),
             "hub": str(self.store.hub),
             "units": {str(number): [stage.id for stage in unit.stages] for number, unit in enumerate(self.units)},
@@ -221,9 +230,7 @@ class _Draft:
                 entry["job"] = self._sbatch(array, record["name"], entry["dependency"])
                 files.write_json(self.submission.folder / submission.RECORD, record)
         except BaseException:
-            queued = [entry["job"] for entry in arrays if entry["job"] is not None]
-            if queued:
-                cluster.cancel(queued)
+            cluster.cancel_named(record["name"])  # one more may be in the queue than sbatch came to say
             raise
 
     def _dependency(self, array: Array, jobs: Sequence[str | None]) -> str | None:
@@ -252,7 +259,7 @@ class _Draft:
         executor = self._executor(array, name, dependency)
         paths = [str(self.submission.unit(number)) for number in array.units]
         try:
-            with cluster.outside_allocations():
+            with cluster.outside_allocations(account=array.shape.names_account):
                 made = executor.map_array(job.run, paths)
         except FailedSubmissionError as error:
             raise ConfigError(f"sbatch refused a job of {array.shape.line()}: {' '.join(str(error).split())}") from error
