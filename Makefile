@@ -31,13 +31,13 @@ test: setup-dev
 
 # A real SLURM cluster on this machine, brought up by the tests: as root, with the packages that tests/slurm/cluster.py names.
 test-slurm: setup-dev
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m "slurm and not studies" tests/slurm
 
 test-dist: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m dist tests/train tests/study
 
 studies: setup-dev
-	$(BIN)/python -m pytest -m studies tests/studies
+	$(BIN)/python -m pytest -m studies tests/studies tests/slurm
 
 lint: setup-dev
 	$(BIN)/ruff check zexp hydra_plugins tests benchmarks
