@@ -35,7 +35,8 @@ class Cluster:
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
         monkeypatch.setattr(cluster, "requeue", self._requeue)
-        monkeypatch.setattr(cluster, "job_state", lambda id: "RUNNING")
+        self.queued = cluster.Queued("RUNNING", "None")
+        monkeypatch.setattr(cluster, "job", lambda id: self.queued)
         monkeypatch.setattr(cluster, "cancel", self.cancelled.extend)
         monkeypatch.setattr(_Job, "_run", lambda job, request: self._run(job, request))
         arrays = [{"units": [0], "shape": "1 node", "job": "7"}, {"units": [1], "shape": "1 node", "job": "8"}]
@@ -85,7 +86,7 @@ class Cluster:
                 return code
         raise AssertionError("it is requeued for ever")
 
-    def said(self, stage: str) -> Any:
+    def word(self, stage: str) -> Any:
         found = self.submission.said(0, stage)
         return None if found is None else (found["result"], found["error"])
 
@@ -127,7 +128,7 @@ def test_a_stage_that_has_failed_is_not_run_again_when_another_one_of_its_job_is
     job.plays = {"a": ["no luck"], "b": ["told", "told", "done"]}
     assert job.run() == 1
     assert job.ran == ["a", "b", "b", "b"]
-    assert job.said("a") == ("failed", "no luck") and job.said("b") == ("done", None)
+    assert job.word("a") == ("failed", "no luck") and job.word("b") == ("done", None)
 
 
 def test_a_job_that_comes_no_further_gives_up_at_the_stage_that_is_stuck(job):
@@ -135,10 +136,10 @@ def test_a_job_that_comes_no_further_gives_up_at_the_stage_that_is_stuck(job):
     job.plays = {"a": ["no luck"], "b": ["told"] * 9, "c": []}
     assert job.run() == 1
     assert job.ran == ["a", *"bbb"]
-    assert job.said("a") == ("failed", "no luck")
-    result, error = job.said("b")
+    assert job.word("a") == ("failed", "no luck")
+    result, error = job.word("b")
     assert result == "failed" and "requeued without having come further" in error
-    assert job.said("c") == ("skipped", "its job has given up at b")
+    assert job.word("c") == ("skipped", "its job has given up at b")
     folder = stage_folder(job.tree.store, job.tree.stages[1].full_request())
     assert "Given up" in folder.last_attempt().failure()["error"], "also for whoever reads the store alone"
 
@@ -147,7 +148,7 @@ def test_tries_are_counted_over_all_starts(job):
     job.unit(job.tree.add("a"), retries=2)
     job.plays = {"a": ["one", "told", "two", "three"]}
     assert job.run() == 1
-    assert job.said("a") == ("failed", "three") and job.plays["a"] == []
+    assert job.word("a") == ("failed", "three") and job.plays["a"] == []
 
 
 def test_a_try_that_is_not_the_last_is_not_final(job):
@@ -158,6 +159,15 @@ def test_a_try_that_is_not_the_last_is_not_final(job):
     assert (said["error"], said["tries"], said["final"]) == ("one", 1, False)
 
 
+@pytest.mark.parametrize(("reason", "back"), [("None", 0), ("TimeLimit", 1)])
+def test_a_job_that_is_ending_goes_back_into_the_queue_only_if_its_time_was_over(job, reason, back):
+    """JobState is COMPLETING after scancel and after a time limit of which nobody warned."""
+    job.unit(job.tree.add("a"))
+    job.plays = {"a": ["told"]}
+    job.queued = cluster.Queued("COMPLETING", reason)
+    assert job.start() == 1 - back and job.requeues == back
+
+
 def test_a_child_waits_in_the_queue_while_somebody_has_its_parent_in_hand(job):
     parent, child = job.tree.add("a"), job.tree.add("b", "a")
     job.unit(child)
@@ -166,21 +176,21 @@ def test_a_child_waits_in_the_queue_while_somebody_has_its_parent_in_hand(job):
     with attempt:
         for _ in range(5):
             assert job.start() == 0
-        assert job.requeues == 5 and job.said("b") is None, "waiting is not fruitless"
+        assert job.requeues == 5 and job.word("b") is None, "waiting is not fruitless"
         attempt.publish(attempt.scratch("result"), "result")
-    assert job.start() == 0 and job.said("b") == ("done", None)
+    assert job.start() == 0 and job.word("b") == ("done", None)
 
 
 def test_a_child_is_skipped_when_nobody_works_at_its_parent(job):
     job.tree.add("a")
     job.unit(job.tree.add("b", "a"))
     assert job.start() == 1
-    assert job.said("b") == ("skipped", "stage a (a) is not done")
+    assert job.word("b") == ("skipped", "stage a (a) is not done")
 
 
 def test_failures_of_earlier_batches_count(job):
     job.unit(job.tree.add("a"), job.tree.add("b"), max_failures=3, failed_before=2)
     job.plays = {"a": ["no luck"]}
     assert job.start() == 1
-    assert job.said("b") == ("skipped", "stopped after 3 failures (hydra.launcher.max_failures)")
+    assert job.word("b") == ("skipped", "stopped after 3 failures (hydra.launcher.max_failures)")
     assert job.cancelled == ["8"]

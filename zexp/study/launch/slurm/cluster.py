@@ -228,11 +228,11 @@ def requeue(id: str) -> str | None:
     return None if done.returncode == 0 else _said(done.stderr)
 
 
-def job_state(id: str) -> str | None:
-    """JobState of one job, from inside it; None if the controller does not answer."""
+def job(id: str) -> Queued | None:
+    """State and reason of one job, from inside it; None if the controller does not answer."""
     done = _run("scontrol", "show", "job", "-o", id)
-    found = None if done is None else re.search(r"\bJobState=(\w+)", done.stdout)
-    return None if found is None else found[1]
+    found = None if done is None else re.search(r"\bJobState=(\w+)\s+Reason=(\w+)", done.stdout)
+    return None if found is None else Queued(found[1], found[2])
 
 
 def minutes_of(limit: str) -> float:

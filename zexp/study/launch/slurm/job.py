@@ -377,8 +377,10 @@ class _Job:
         return 1
 
     def _is_cancelled(self, id: str) -> bool:
-        """Somebody ended the job while it was stopping: requeueing would bring it back."""
-        if cluster.job_state(id) in ("RUNNING", None):
+        """Somebody ended the job while it was stopping: requeueing would bring it back. Not so where its time is over: the warning
+        before is not sent by a controller that was away."""
+        job = cluster.job(id)
+        if job is None or job.state == "RUNNING" or job.reason == "TimeLimit":
             return False
         print(f"{self.told}: the job was cancelled; it stops at its last state.", flush=True)
         return True
