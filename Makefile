@@ -30,8 +30,9 @@ test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # A real SLURM cluster on this machine, brought up by the tests: as root, with the packages that tests/slurm/cluster.py names.
+# Two of them, a file of tests each: most of the time is waiting for SLURM.
 test-slurm: setup-dev
-	$(BIN)/python -m pytest -m "slurm and not studies" tests/slurm
+	$(BIN)/python -m pytest -m "slurm and not studies" -n 2 --dist loadfile tests/slurm
 
 test-dist: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m dist tests/train tests/study
