@@ -20,7 +20,7 @@ LAYERS = [
     {"train"},
     {"evaluate"},
     {"study"},
-    {"report"},
+    {"report", "bench"},
     {"arguments"},
     {"cli", "hydra_app", "verbs", "running", "starter", "finish", "store_verb", "show_store"},
 ]

@@ -1,0 +1,72 @@
+"""Times of work on a device: the best and the median of repeats, several pieces of work in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the repeats of one piece of work, in order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def to_json(self) -> dict[str, float | int]:
+        return {"best_seconds": self.best, "median_seconds": self.median, "n": len(self.seconds)}
+
+
+def timed(
+    work: Callable[[], object], device: torch.device | str = "cpu", *, seconds: float = 0.5, least: int = 3, most: int = 50
+) -> Timing:
+    """Repeats of one piece of work until `seconds` are over, at least and at most so many; one before them does not count."""
+    return in_turns({"": work}, device, seconds=seconds, least=least, most=most)[""]
+
+
+def in_turns(
+    works: Mapping[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    *,
+    seconds: float = 0.5,
+    least: int = 3,
+    most: int = 50,
+) -> dict[str, Timing]:
+    """The same of several, one repeat each in turns and every other round in reverse, so that other work on the machine hits all
+    of them alike. seconds: of all repeats of all of them. Raises what the work raises."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        once(work, device)
+    end = time.monotonic() + seconds
+    for turn in range(most):
+        if turn >= least and time.monotonic() > end:
+            break
+        for name in works if turn % 2 == 0 else reversed(list(works)):
+            found[name].append(once(works[name], device))
+    return {name: Timing(tuple(values)) for name, values in found.items()}
+
+
+def once(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Seconds of one piece of work, until the device has finished it."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for what was started on a device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
