@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": (
         "mixtral",
-        _TIED | {"intermediate_size": 341, "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8},
+        _TIED | {"intermediate_size": 344, "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8},
     ),
     "mamba": ("mamba", _TIED | {"state_size": 16}),
 }  # fmt: skip
