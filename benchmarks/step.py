@@ -120,8 +120,10 @@ def ours(folder: Path, setting: str) -> Callable[[Any], float]:
     from zexp.model.build import decayed
     from zexp.train import optimizer
     from zexp.train.batches import Batch
+    from zexp.train.machine import keep_freed_memory
     from zexp.train.step import backward
 
+    keep_freed_memory()
     model = our_model(folder)
     optim = optimizer.build(model, {"kind": "adamw", "betas": BETAS, "eps": EPS, "weight_decay": DECAY}, decayed(model))
 

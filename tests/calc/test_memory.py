@@ -55,7 +55,7 @@ def kept(model: dict[str, Any], *, precision: str, packed: bool) -> int:
 def test_activations_are_what_torch_keeps(name, precision, packed):
     model = resolve_model(MODELS[name], VOCAB)
     counted = training(
-        model, Layout(), seq_len=LENGTH, micro_batch=BATCH, precision=precision, document_mask=packed
+        model, Layout(), seq_len=LENGTH, micro_batch=BATCH, precision=precision
     ).activations
     # fp32: masks of Mamba2's documents are not counted. bf16: a block has one mean size for all of its numbers.
     within = 0.03 if precision == "fp32" else 0.15
@@ -87,7 +87,7 @@ def test_zero_shares_out_12_of_18_bytes_then_the_gradients_then_the_weights():
 def test_recomputing_keeps_the_layers_inputs_and_one_layer():
     model = resolve_model(TINY["transformer_tiny"], VOCAB)
     found = [
-        training(model, Layout(checkpointing=kind), seq_len=LENGTH, micro_batch=1, precision="fp32", document_mask=False).activations
+        training(model, Layout(checkpointing=kind), seq_len=LENGTH, micro_batch=1, precision="fp32").activations
         for kind in ("none", "full")
     ]
     inputs = 8 * 128

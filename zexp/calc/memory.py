@@ -40,11 +40,9 @@ class Training:
 
 
 def training(
-    model: Mapping[str, Any], layout: Layout, *, seq_len: int, micro_batch: int, precision: str, document_mask: bool = True
+    model: Mapping[str, Any], layout: Layout, *, seq_len: int, micro_batch: int, precision: str
 ) -> Training:
     """Of one optimizer step with AdamW. micro_batch: sequences that each copy of the model reads at a time.
-
-    document_mask: attention gets a mask of its own for every sequence, kept once for all layers.
     """
     weight, gradient, moments = PER_PARAMETER[precision]
     dense, experts = parameters_per_device(model, layout)
@@ -57,8 +55,6 @@ def training(
 
     tokens = micro_batch * seq_len
     kept = activation_bytes(model, layout, seq_len=seq_len, precision=precision)
-    if document_mask and any(spec.kv_bytes_per_token(model["width"], 1) for spec in specs_of(model).values()):
-        kept += seq_len * (4 if precision == "fp32" else 2)
     return Training(
         weights=shared_out(weight, 3),
         gradients=shared_out(gradient, 2),
@@ -87,7 +83,7 @@ def parameters_per_device(model: Mapping[str, Any], layout: Layout) -> tuple[int
 
 
 def activation_bytes(model: Mapping[str, Any], layout: Layout, *, seq_len: int, precision: str) -> float:
-    """Bytes a token that a device keeps between the passes, without the attention mask."""
+    """Bytes a token that a device keeps between the passes."""
     stack, specs = stack_of(model), specs_of(model)
     layers = [_kept_by_layer(layer, stack, specs, layout, seq_len, precision) for layer in model["pattern"]]
     # The residual stream and what is kept of norms are in fp32. After the layers: the last norm's input, and the gradient of

@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from zexp.store.errors import StoreError
 from zexp.store.folder import StageFolder, Store
 from zexp.train.checkpoint import load_model
 from zexp.train.fingerprint import device_model
+from zexp.train.machine import settled
 
 _FUNCTION = "!function "
 FEWSHOT_SEED = 1234  # lm-eval's own default, as are those of _seed
@@ -57,7 +57,7 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
     """The stage. request: threads, device, kernels, deterministic, eval {batch_size, yaml, directory, index}."""
     semantic = folder.semantic()
     started = time.monotonic()
-    with _machine(request), _quiet():
+    with settled(request["threads"], request["deterministic"]), _quiet():
         from lm_eval.evaluator import evaluate
 
         from zexp.evaluate.model import Adapter
@@ -280,21 +280,6 @@ def _seed() -> None:
 def _progress(attempt: Attempt, done: int, total: int) -> None:
     attempt.progress(done, total, "sequences")
     attempt.check()
-
-
-@contextmanager
-def _machine(request: Mapping[str, Any]) -> Iterator[None]:
-    """The request's threads and determinism for this process; what was set before comes back."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(request["threads"])
-    if request["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
-    torch.use_deterministic_algorithms(request["deterministic"])
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_num_threads(threads)
 
 
 @contextmanager

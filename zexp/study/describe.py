@@ -79,7 +79,6 @@ def _describe(
         seq_len=run.seq_len,
         micro_batch=run.execution.micro_batch,
         precision=precision,
-        document_mask=run.corpus.packing.document_mask,
     )
     parameters, flops = calc.parameters(model), calc.flops_per_token(model, run.seq_len)
     answer = {

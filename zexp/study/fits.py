@@ -55,7 +55,7 @@ def needs(plan: Plan, queue: Queue) -> list[Need]:
     for variant in (by_name[name] for name in variants):
         run = variant.run
         # The resolver gives variants of one architecture one dict.
-        key = (id(variant.model), run.seq_len, run.execution.micro_batch, run.precision, layout_of(run), _mask(variant))
+        key = (id(variant.model), run.seq_len, run.execution.micro_batch, run.precision, layout_of(run))
         if key not in found:
             room = None if queue.available is None else queue.available // at_once
             found[key] = Need(variant.arch, variant, _training(variant, {}), room)
@@ -110,10 +110,6 @@ def _device(queue: Queue) -> str:
     return "this machine" if queue.device == "cpu" else queue.model or "the GPU"
 
 
-def _mask(variant: Variant) -> bool:
-    return variant.run.corpus.packing.document_mask
-
-
 def _training(variant: Variant, changed: Mapping[str, Any]) -> memory.Training:
     """changed: micro_batch or checkpointing other than the config's."""
     run = variant.run
@@ -126,7 +122,6 @@ def _training(variant: Variant, changed: Mapping[str, Any]) -> memory.Training:
         seq_len=run.seq_len,
         micro_batch=changed.get("micro_batch", run.execution.micro_batch),
         precision=run.precision,
-        document_mask=_mask(variant),
     )
 
 

@@ -10,7 +10,6 @@ same steps, and rank 0 alone reads and writes states. It sends what it begins wi
 """
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from zexp.train.chain import batch_tokens, chain, is_step_boundary, start_tokens
 from zexp.train.divergence import Watch
 from zexp.train.lifeline import Lead, Line
 from zexp.train.logger import logging_to, open_curves
+from zexp.train.machine import settled
 from zexp.train.parallel import World
 from zexp.train.record import KeptRecord, NoRecord, Record
 from zexp.train.signals import StopFlag
@@ -59,7 +59,7 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
             raise ValueError(f"no optimizer step of {folder} ends at {tokens} tokens, where a state is wanted")
     if problems := schedule.check(segment["lr"]):
         raise ValueError(f"the learning rate of {folder} is no schedule: {' '.join(problems)}")
-    with logging_to(attempt.log), _machine(request["threads"], request["deterministic"]), StopFlag() as stop:
+    with logging_to(attempt.log), settled(request["threads"], request["deterministic"]), StopFlag() as stop:
         if _is_there(folder, target, attempt, request["optimizer"]):
             return "done"
         with ranks.gathered(store, request, attempt) as lead:
@@ -92,7 +92,7 @@ def accompany(
     """Take part in the training that rank 0 runs, as another rank. word: what rank 0 said (see _together)."""
     segments = chain(store, word["trajectory"])
     root, segment = segments[0].semantic, segments[-1].semantic
-    with _machine(request["threads"], request["deterministic"]):
+    with settled(request["threads"], request["deterministic"]):
         device = world.device(request["device"])
         details = fingerprint.fingerprint(root["model"], request, device)
         _check_alike(details, word["fingerprint"])
@@ -265,19 +265,3 @@ def _is_there(folder: StageFolder, target: int, attempt: Attempt, with_optimizer
         set_aside(attempt, target, error)
         return False
     return True
-
-
-@contextmanager
-def _machine(threads: int, deterministic: bool) -> Iterator[None]:
-    """The request's threads and determinism for this process; what was set before comes back."""
-    threads_before = torch.get_num_threads()
-    deterministic_before = torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic_before)
-        torch.set_num_threads(threads_before)

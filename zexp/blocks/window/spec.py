@@ -37,17 +37,6 @@ class Spec(attention.Spec):
         keys = seen - seen * (seen - 1) / (2 * seq_len)  # the mean over positions of min(t, W), t = 1 .. s
         return 4 * keys * q * d_h
 
-    def saved_elements(self, width: int, seq_len: int) -> float:
-        if 2 * self.window >= seq_len:  # one array of scores, as without a window
-            return super().saved_elements(width, seq_len)
-        q, kv, d_h = self._sizes(width)
-        padded = -(-seq_len // self.window) * self.window / seq_len  # blocks of W positions are whole
-        # A block's mask; its keys and values with those of the block before; its queries, sums and outputs.
-        blocks = 2 * self.window + (4 * kv + q) * d_h + q + q * d_h
-        cut = padded > 1 and not self.output_gate  # outputs without the padding
-        viewed = self.qk_norm * self._projected(width)
-        return width + padded * blocks + cut * q * d_h + viewed + self._around(width)
-
     def kv_bytes_per_token(self, width: int, element_bytes: int) -> int:
         return 0
 

@@ -1,4 +1,4 @@
-"""Causal attention on torch's scaled_dot_product_attention.
+"""Causal attention on torch's scaled_dot_product_attention; on a CPU in tiles of our own.
 
 B batch · T queries · S keys · H query heads · G key-value heads · P head width · W window · C blocks of W positions.
 """
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zexp.kernels.attention.tiles import attention_in_tiles
 from zexp.kernels.documents import Documents
 
 
@@ -33,6 +34,8 @@ def attention(
     queries, keys = q_BTHP.shape[1], k_BSGP.shape[1]
     if window is not None and window >= keys:
         window = None
+    if q_BTHP.device.type == "cpu" and 1 < queries == keys:
+        return attention_in_tiles(q_BTHP, k_BSGP, v_BSGP, scale, window, documents)
     if window is not None and queries == keys and 2 * window < queries:
         return _in_blocks(q_BTHP, k_BSGP, v_BSGP, scale, window, documents)
     if documents is not None:
