@@ -1,4 +1,4 @@
-"""Times of work on a device: the best and the median of repeats, several pieces of work in turns."""
+"""Times of work on a device: the best and the median of repeats, several pieces of work in turns or in their order."""
 
 from __future__ import annotations
 
@@ -54,6 +54,27 @@ def in_turns(
             break
         for name in works if turn % 2 == 0 else reversed(list(works)):
             found[name].append(once(works[name], device))
+    return {name: Timing(tuple(values)) for name, values in found.items()}
+
+
+def in_order(
+    works: Mapping[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    *,
+    seconds: float = 0.5,
+    least: int = 3,
+    most: int = 50,
+) -> dict[str, Timing]:
+    """The same of pieces that follow one another, as a backward pass its forward pass: every round in the order of `works`."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        once(work, device)
+    end = time.monotonic() + seconds
+    for turn in range(most):
+        if turn >= least and time.monotonic() > end:
+            break
+        for name, work in works.items():
+            found[name].append(once(work, device))
     return {name: Timing(tuple(values)) for name, values in found.items()}
 
 
