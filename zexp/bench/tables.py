@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -12,8 +14,14 @@ def table(*columns: str, title: str | None = None) -> Table:
     """The first column to the left, the others to the right."""
     made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
     for number, name in enumerate(columns):
-        made.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+        made.add_column(name, justify="right" if number else "left", no_wrap=True)
     return made
+
+
+def show(made: Table, console: Console) -> None:
+    """A table as wide as it is: a narrow terminal breaks its lines, and no figure is cut off."""
+    whole = Measurement.get(console, console.options.update(max_width=1000), made).maximum
+    Console(highlight=False, width=max(whole, console.width)).print(made)
 
 
 def say_rate(flops_per_second: float) -> str:
