@@ -11,7 +11,7 @@
   const box = document.getElementById("roof");
   const hidden = new Set();
   const PRECISIONS = ["fp32", "bf16"];
-  const rate = (value) => d3.format(".3s")(value).replace("G", " G").replace("T", " T").replace("M", " M") + "FLOP/s";
+  const rate = (value) => d3.format(".3~s")(value).replace("G", " G").replace("T", " T").replace("M", " M") + "FLOP/s";
 
   function legend() {
     const host = d3.select("#legend").html("");
@@ -38,7 +38,7 @@
     const svg = host.append("svg").attr("width", width).attr("height", height).attr("role", "img").attr("aria-label", "roofline");
     const tip = host.append("div").attr("class", "tip");
     svg.append("g").attr("class", "axis").attr("transform", `translate(0,${height - margin.bottom})`).call(d3.axisBottom(x).ticks(8, "~g"));
-    svg.append("g").attr("class", "axis").attr("transform", `translate(${margin.left},0)`).call(d3.axisLeft(y).ticks(6).tickFormat(rate));
+    svg.append("g").attr("class", "axis").attr("transform", `translate(${margin.left},0)`).call(d3.axisLeft(y).tickValues(y.ticks().filter((at) => "125".includes(at.toExponential()[0]))).tickFormat(rate));
     svg.append("text").attr("x", width - margin.right).attr("y", height - 6).attr("text-anchor", "end").text("FLOPs a byte");
     svg.append("clipPath").attr("id", "inside").append("rect").attr("x", margin.left).attr("y", margin.top)
       .attr("width", width - margin.left - margin.right).attr("height", height - margin.top - margin.bottom);
