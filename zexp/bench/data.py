@@ -11,10 +11,11 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from zexp.bench import flags
-from zexp.config.errors import ConfigError
+from zexp.config.places import user_conf_dir
 from zexp.study import execute
 from zexp.study.plan import Plan
 
@@ -56,7 +57,8 @@ def missing(plan: Plan, words: Sequence[str]) -> list[str]:
     if not stages:
         return []
     listed = "\n".join(f"  {stage.label} ({stage.id})" for stage in stages)
-    overrides = shlex.join(words)
+    taken = ["--config-dir", str(user_conf_dir(Path.cwd()))]  # by itself
+    overrides = shlex.join(words[2:] if list(words[:2]) == taken else words)
     return [
         f"zexp bench data reads packed corpora, and {len(stages)} stage{'s' * (len(stages) != 1)} of this config {'is' if len(stages) == 1 else 'are'} "
         f"not built:\n{listed}\n  `zexp run {overrides}`".rstrip() + " builds them before it trains (stopped with Ctrl-C then, it keeps them)."

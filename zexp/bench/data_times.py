@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def measure(store: Store, variants: Sequence[Variant], options: argparse.Namespa
     for variant in variants:
         first = 0
         for span in variant.chain.phases:
-            reads.setdefault(variant.chain.segments[first].id, (variant, first))
+            reads.setdefault(_what_is_read(variant.chain.segments[first].semantic), (variant, first))
             first = span.last_segment + 1
         texts |= {stage.id: (variant, stage) for stage in variant.data if stage.kind == "corpus"}
     each = options.seconds / (len(reads) + len(texts))
@@ -54,6 +55,11 @@ def measure(store: Store, variants: Sequence[Variant], options: argparse.Namespa
         "configs": [name_of(one) for one in options.composed], "reading": reading, "tokenizing": tokenizing,
         "not_measured": ["a disk without its cache: the system had read these files before, or reads them ahead."],
     }  # fmt: skip
+
+
+def _what_is_read(semantic: Mapping[str, Any]) -> str:
+    """The same for segments that read the same batches: learning rates do not matter."""
+    return json.dumps([semantic[key] for key in ("parent", "streams", "batch", "seq_len")], sort_keys=True)
 
 
 def _read(store: Store, variant: Variant, first: int, device: str, seconds: float, needed: float | None) -> dict[str, Any]:

@@ -38,7 +38,6 @@ class Work:
     segment: dict[str, Any]
     sequences: int
     place: dict[str, Any]
-    seconds: float
 
     @property
     def tokens(self) -> int:
@@ -48,6 +47,15 @@ class Work:
     def micro_batch(self) -> int:
         """Sequences of a forward pass."""
         return min(self.run.execution.micro_batch, self.sequences)
+
+    def is_like(self, other: Work) -> bool:
+        """Whether a step of the other is the same work: variants of a study may differ in what a step does not show."""
+        of_segment = ("precision", "document_mask", "optim")
+        return (
+            (self.model, self.sequences, self.run.seq_len, self.micro_batch, self.place) == (other.model, other.sequences, other.run.seq_len, other.micro_batch, other.place)
+            and (self.run.kernels, self.run.execution.deterministic) == (other.run.kernels, other.run.execution.deterministic)
+            and all(self.segment[key] == other.segment[key] for key in of_segment)
+        )  # fmt: skip
 
     def estimate(self) -> memory.Training:
         """What `zexp plan` reckons that the training takes."""
@@ -80,17 +88,19 @@ def main(options: argparse.Namespace) -> int:
     """Measure a step of each composed config; the exit code. Raises ConfigError with the mistakes of all of them."""
     problems = Problems()
     problems.extend(flags.problems_of(options))
-    works = []
+    works: list[Work] = []
     for one in options.composed:
         try:
-            works.append(work_of(one, options, options.seconds / len(options.composed)))
+            work = work_of(one, options)
+            if not any(work.is_like(other) for other in works):
+                works.append(work)
         except ConfigError as error:
             problems.extend(error.problems)
     problems.raise_if_any()
 
     from zexp.bench import step_times
 
-    answer = step_times.measure(works)
+    answer = step_times.measure(works, options.seconds)
     if options.json:
         print(json.dumps(answer))
     else:
@@ -98,7 +108,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def work_of(one: Composed, options: argparse.Namespace, seconds: float) -> Work:
+def work_of(one: Composed, options: argparse.Namespace) -> Work:
     """Raises ConfigError with every mistake that concerns a training of random tokens: neither data nor tasks are looked for."""
     run = one.run()
     problems = Problems()
@@ -109,7 +119,7 @@ def work_of(one: Composed, options: argparse.Namespace, seconds: float) -> Work:
     problems.raise_if_any()
     sequences = chain.phases[0].batch_tokens // run.seq_len // run.parallelism.data
     place = flags.place_of(options, run)
-    return Work(flags.name_of(one), run, model, chain.segments[0].semantic, sequences, place, seconds)
+    return Work(flags.name_of(one), run, model, chain.segments[0].semantic, sequences, place)
 
 
 def resolved(run: Run, problems: Problems) -> tuple[dict[str, Any], Chain]:

@@ -29,15 +29,15 @@ CLIP, UPDATE = "clipping", "optimizer"
 MATMULS = {"fp32": "matmul_fp32", "bf16": "matmul_bf16"}
 
 
-def measure(works: Sequence[Work]) -> dict[str, Any]:
-    """What `zexp bench step --json` prints."""
+def measure(works: Sequence[Work], seconds: float) -> dict[str, Any]:
+    """What `zexp bench step --json` prints. seconds: of all of them together."""
     found = []
     with progress("steps", 2 * len(works)) as say:
         for work in works:
             device = device_of(work.place["device"])
             with setting(work.place["threads"], deterministic=work.run.execution.deterministic):
                 say(f"{work.name}: a step of {work.tokens:,} tokens")
-                measured = _measured(work, device)
+                measured = _measured(work, device, seconds / len(works))
                 say(f"{work.name}: the machine's ceilings")
                 found.append(_answer(work, device, measured, machine.ceilings(device), machine.facts(device)))
     return {"steps": found}
@@ -87,14 +87,14 @@ class Step:
         self.marks.taken()
 
 
-def _measured(work: Work, device: str) -> dict[str, Any]:
+def _measured(work: Work, device: str, seconds: float) -> dict[str, Any]:
     _warm_up(device)
     peak = Peak(device)
     step = Step(work, device)
     began = time.monotonic()
     first = once(step.plain, device)
     laps: list[Mapping[Spell, float]] = []
-    left = max(0.0, work.seconds - (time.monotonic() - began))
+    left = max(0.0, seconds - (time.monotonic() - began))
     times = in_turns({"plain": step.plain, "marked": lapped(step.marks, step, laps)}, device, seconds=left, least=3, most=200)
     return {"first": first, "times": times, "laps": laps[1:], "used": peak.bytes(), "how": peak.how}  # the first lap does not count
 
