@@ -30,10 +30,18 @@ class _Entry:
 
 
 PARTS = {
-    "blocks": _Entry("zexp.bench.blocks", "every block alone, forward and backward, over widths, lengths, heads, states, precisions"),
-    "step": _Entry("zexp.bench.step", "a training step of a config: tokens/s, MFU, memory, and which block takes how long", composes=True),
-    "data": _Entry("zexp.bench.data", "how fast batches of a config's mix are read, and its texts are tokenized", composes=True),
-    "size": _Entry("zexp.bench.size", "which widths, heads and vocabularies are fast here, at one number of parameters", composes=True),
+    "blocks": _Entry(
+        "zexp.bench.blocks", "every block alone, forward and backward, over widths, lengths, heads, states, precisions"
+    ),
+    "step": _Entry(
+        "zexp.bench.step", "a training step of a config: tokens/s, MFU, memory, and which block takes how long", composes=True
+    ),
+    "data": _Entry(
+        "zexp.bench.data", "how fast batches of a config's mix are read, and its texts are tokenized", composes=True
+    ),
+    "size": _Entry(
+        "zexp.bench.size", "which widths, heads and vocabularies are fast here, at one number of parameters", composes=True
+    ),
     "kernels": _Entry("zexp.bench.kernels", "each operation with each backend, beside its fp32 reference"),
 }
 USAGE = f"""\

@@ -35,7 +35,6 @@ from zexp.study.resolve import Composed
 from zexp.study.trials import Trials
 from zexp.study.variants import GROUPS
 
-
 Act = Callable[[list[Composed], execute.Request], int]  # what a verb does with the composed configs; the exit code
 
 

@@ -35,7 +35,9 @@ def measure(
     skipped = list(left_out)
     with setting(threads), progress("blocks", len(points) + 1) as say:
         say("the machine's ceilings")
-        ceilings = {name: machine.matmul_flops_per_second(device, dtype, seconds=CEILING_SECONDS) for name, dtype in _MATMULS.items()}
+        ceilings = {
+            name: machine.matmul_flops_per_second(device, dtype, seconds=CEILING_SECONDS) for name, dtype in _MATMULS.items()
+        }
         ceilings["memory"] = machine.memory_bytes_per_second(device)
         end = time.monotonic() + seconds
         for number, point in enumerate(points):
@@ -102,14 +104,13 @@ def _figures(times: Timing, flops: float, moved: float, matmul: float, bandwidth
 
 def _check_room(point: Point, device: str) -> None:
     """Raises _TooLarge where what is kept between the passes alone exceeds the free memory."""
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        ram = memory()
-        free = None if ram is None else ram.available
+    ram = None if device == "cuda" else memory()
+    free: int | None = torch.cuda.mem_get_info()[0] if device == "cuda" else None if ram is None else ram.available
     needed = point.kept_bytes + 8 * point.parameters
     if free is not None and needed > free:
-        raise _TooLarge(f"it takes about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free. Take a smaller batch or sequence.")
+        raise _TooLarge(
+            f"it takes about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free. Take a smaller batch or sequence."
+        )
 
 
 class Passes:
@@ -144,7 +145,10 @@ class Passes:
             self.block = lambda context: shared(*self.inputs, layer.call, context)
         else:
             self.block = lambda context: layer.branches[point.letter](*self.inputs, context)
-        self.weights = [*(shared if is_feeder else layer.branches[point.letter]).parameters(), *(layer.call.parameters() if is_feeder else ())]
+        self.weights = [
+            *(shared if is_feeder else layer.branches[point.letter]).parameters(),
+            *(layer.call.parameters() if is_feeder else ()),
+        ]
         self.out: Tensor | None = None
         self.auxiliary: list[Tensor] = []
         self.gradient: Tensor | None = None
@@ -162,5 +166,7 @@ class Passes:
         assert self.out is not None
         if self.gradient is None:
             self.gradient = torch.ones_like(self.out)
-        torch.autograd.backward([self.out, *self.auxiliary], [self.gradient, *(torch.ones_like(loss) for loss in self.auxiliary)])
+        torch.autograd.backward(
+            [self.out, *self.auxiliary], [self.gradient, *(torch.ones_like(loss) for loss in self.auxiliary)]
+        )
         self.out = None

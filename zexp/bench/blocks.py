@@ -115,8 +115,8 @@ class Point:
         heads, head_dim = self.heads
         return {
             "block": self.spec.NAME, "letter": self.letter, "width": self.width, "seq_len": self.seq_len, "batch": self.batch,
-            "heads": heads, "head_dim": head_dim, "state_size": full.get("state_size"), "keys": self.keys, "axis_keys": self.axis_keys, "dtype": self.dtype, "kernels": self.kernels,
-            "parameters": self.parameters,
+            "heads": heads, "head_dim": head_dim, "state_size": full.get("state_size"), "keys": self.keys,
+            "axis_keys": self.axis_keys, "dtype": self.dtype, "kernels": self.kernels, "parameters": self.parameters,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -140,14 +140,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(f"{letter} {spec_class(letter).NAME}" for letter in TABLE)
     parser.add_argument("--blocks", nargs="+", metavar="BLOCK", help=f"letters or names (default: all: {names})")
     parser.add_argument("--width", nargs="+", type=int, default=[256], metavar="D", help="model widths (default: 256)")
-    parser.add_argument("--seq-len", nargs="+", type=int, default=[512], metavar="T", help="tokens of a sequence (default: 512)")
+    parser.add_argument(
+        "--seq-len", nargs="+", type=int, default=[512], metavar="T", help="tokens of a sequence (default: 512)"
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[4], metavar="B", help="sequences (default: 4)")
     parser.add_argument("--heads", nargs="+", type=int, metavar="H", help="of blocks that have them")
     parser.add_argument(
         "--head-dim", nargs="+", type=int, metavar="P", help=f"of blocks that have heads (default: {HEAD_DIM} where it divides)"
     )
     parser.add_argument("--state-size", nargs="+", type=int, metavar="N", help="of Mamba1 and Mamba2 (default: the blocks')")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="bf16: autocast, fp32 weights (default: both)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="bf16: autocast, fp32 weights (default: both)"
+    )
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["auto"], help="backends (default: auto)")
     parser.add_argument(
         "--key", action="append", default=[], metavar="BLOCK.KEY=V,V",
@@ -200,7 +204,9 @@ def points(options: argparse.Namespace) -> tuple[list[Point], list[LeftOut]]:
         ("--heads", options.heads, HEADS), ("--head-dim", options.head_dim, HEADS), ("--state-size", options.state_size, "mr"),
     ):  # fmt: skip
         if values and not any(letter in having for letter in letters):
-            raise ConfigError(f"{flag}: none of the blocks {', '.join(letters)} has it. Leave it out, or add one of {', '.join(having)}.")
+            raise ConfigError(
+                f"{flag}: none of the blocks {', '.join(letters)} has it. Leave it out, or add one of {', '.join(having)}."
+            )
     found: list[Point] = []
     left_out: list[LeftOut] = []
     for letter in letters:
@@ -213,8 +219,8 @@ def points(options: argparse.Namespace) -> tuple[list[Point], list[LeftOut]]:
         ]  # fmt: skip
         for width, seq_len, batch, heads, head_dim, state, keys, dtype, kernels in itertools.product(*axes):
             about = {
-                "block": spec_class(letter).NAME, "letter": letter, "width": width, "seq_len": seq_len, "batch": batch, "heads": heads,
-                "head_dim": head_dim, "state_size": state, "keys": keys, "dtype": dtype, "kernels": kernels,
+                "block": spec_class(letter).NAME, "letter": letter, "width": width, "seq_len": seq_len, "batch": batch,
+                "heads": heads, "head_dim": head_dim, "state_size": state, "keys": keys, "dtype": dtype, "kernels": kernels,
             }  # fmt: skip
             written = _merged(sizes(letter, width), {} if state is None else {"state_size": state}, keys)
             cut, problems = _cut(letter, width, heads, head_dim, written)
@@ -250,7 +256,9 @@ def _own_axes(said: Sequence[str], letters: Sequence[str]) -> dict[str, list[dic
         if not (letter and equals and dot and name and listed):
             problems.append(f"--key {text}: write a block, a key of it and values: --key m.state_size=64,128.")
         elif letter not in letters:
-            problems.append(f"--key {text}: the block {letter} is not among those measured ({', '.join(letters)}). Add it to --blocks.")
+            problems.append(
+                f"--key {text}: the block {letter} is not among those measured ({', '.join(letters)}). Add it to --blocks."
+            )
         elif name in axes.setdefault(letter, {}):
             problems.append(f"--key {text}: {block}.{name} is given twice. Write all values behind one --key.")
         else:
@@ -258,7 +266,10 @@ def _own_axes(said: Sequence[str], letters: Sequence[str]) -> dict[str, list[dic
     if problems:
         raise ConfigError(problems)
     return {
-        letter: [_merged(*(_nested(name, value) for name, value in zip(named, values, strict=True))) for values in itertools.product(*named.values())]
+        letter: [
+            _merged(*(_nested(name, value) for name, value in zip(named, values, strict=True)))
+            for values in itertools.product(*named.values())
+        ]
         for letter, named in axes.items()
     }
 
@@ -285,7 +296,11 @@ def _cut(
     if letter not in HEADS or any(key in written for key in (HEADS[letter].count, HEADS[letter].width)):
         return {}, []
     cut = HEADS[letter]
-    times = cut.whole if isinstance(cut.whole, int) else written.get(cut.whole, spec_class(letter).__dataclass_fields__[cut.whole].default)
+    times = (
+        cut.whole
+        if isinstance(cut.whole, int)
+        else written.get(cut.whole, spec_class(letter).__dataclass_fields__[cut.whole].default)
+    )
     whole = width * times
     if heads is None and head_dim is None:
         head_dim = HEAD_DIM if whole % HEAD_DIM == 0 else whole
@@ -349,11 +364,16 @@ def _print(answer: Mapping[str, Any]) -> None:
         cells = [f"{row['block']} ({row['letter']})", *(texts[number] for name, texts in axes.items() if name not in alike)]
         for name in ("forward", "backward"):
             one = row[name]
-            cells += [say_milliseconds(one["median_seconds"]), f"{one['flops_per_second'] / factor:.3g}", f"{one['share_of_matmul']:.0%}"]
+            cells += [
+                say_milliseconds(one["median_seconds"]),
+                f"{one['flops_per_second'] / factor:.3g}",
+                f"{one['share_of_matmul']:.0%}",
+            ]
         shown.add_row(*cells, f"{row['intensity']:.3g}")
     show(shown, console)
     console.print(
-        "Times are medians. Shares are of the machine's rate in that precision. FLOP/B: of both passes, over the least bytes they move.",
+        "Times are medians. Shares are of the machine's rate in that precision. FLOP/B: of both passes, over the least bytes that "
+        "they move.",
         style="dim",
     )  # fmt: skip
     if answer["largest_peak_bytes"] is not None:

@@ -58,7 +58,11 @@ def candidates(
     problems = []
     for width in _nearby(base.model["width"]) if widths is None else widths:
         size = match.at_width(base.arch, vocab_size, parameters, width)
-        one = None if size is None else _candidate(WIDTH, _changed(base.arch, size.chosen), _with(base.arch, size.chosen), vocab_size)
+        one = (
+            None
+            if size is None
+            else _candidate(WIDTH, _changed(base.arch, size.chosen), _with(base.arch, size.chosen), vocab_size)
+        )
         if widths is not None and (one is None or not _is_near(one, parameters, tolerance)):
             what = "no number of heads is legal there" if one is None else f"the nearest size has {one.parameters:,} parameters"
             problems.append(f"--width {width}: {what}. Take another width, or a larger --tolerance than {tolerance:g}.")
@@ -80,9 +84,9 @@ def _base(arch: Mapping[str, Any], vocab_size: int, parameters: int, tolerance: 
         size = match.nearest(arch, vocab_size, parameters)
         if abs(size.value / parameters - 1) > tolerance:
             raise ConfigError(
-                f"--parameters {parameters:,}: the nearest size of this architecture has {size.value:,.0f} ({size.value / parameters - 1:+.1%}), at "
-                f"width {size.model['width']}, and --tolerance is {tolerance:.0%}.\n  Take that as the target, a larger tolerance, or another "
-                "number of layers (arch.pattern)."
+                f"--parameters {parameters:,}: the nearest size of this architecture has {size.value:,.0f} "
+                f"({size.value / parameters - 1:+.1%}), at width {size.model['width']}, and --tolerance is {tolerance:.0%}.\n"
+                "  Take that as the target, a larger tolerance, or another number of layers (arch.pattern)."
             ) from None
         chosen = size.chosen
     else:
@@ -110,7 +114,9 @@ def alignment(value: int) -> int:
 
 def _nearby(width: int) -> list[int]:
     """Multiples of each power of two next to a width, on both sides."""
-    found = {side for step in MULTIPLES for side in (width // step * step, width // step * step + step, width // step * step - step)}
+    found = {
+        side for step in MULTIPLES for side in (width // step * step, width // step * step + step, width // step * step - step)
+    }
     return sorted(one for one in found if one != width and abs(one / width - 1) <= NEARBY and one > 0)
 
 

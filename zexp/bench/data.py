@@ -1,4 +1,4 @@
-"""How fast the input pipeline delivers: batches of a config's mix from the packed corpora in the store, and its tokenizer on its texts.
+"""How fast the input pipeline delivers: batches of a config's mix from the packed corpora in the store, and its tokenizer.
 
 Nothing is trained or built: tokenizer, corpora and packings must be in the store already. Batches are read as the training loop
 reads them, one after the other from the beginning of each phase, in this process; the files may lie in the system's cache.
@@ -59,17 +59,22 @@ def missing(plan: Plan, words: Sequence[str]) -> list[str]:
     listed = "\n".join(f"  {stage.label} ({stage.id})" for stage in stages)
     taken = ["--config-dir", str(user_conf_dir(Path.cwd()))]  # by itself
     overrides = shlex.join(words[2:] if list(words[:2]) == taken else words)
+    command = f"zexp run {overrides}".rstrip()
     return [
-        f"zexp bench data reads packed corpora, and {len(stages)} stage{'s' * (len(stages) != 1)} of this config {'is' if len(stages) == 1 else 'are'} "
-        f"not built:\n{listed}\n  `zexp run {overrides}`".rstrip() + " builds them before it trains (stopped with Ctrl-C then, it keeps them)."
+        f"zexp bench data reads packed corpora, and of this config there is not built yet:\n{listed}\n"
+        f"  `{command}` builds it before it trains (stopped with Ctrl-C then, it keeps what is built)."
     ]
 
 
 def against(tokens_per_second: float, needed: float | None) -> dict[str, float] | None:
-    """needed: what a training consumes. share_of_step: of a step's time, that it waits for its batch, which the loop reads before it."""
+    """needed: what a training consumes. share_of_step: of a step's time, that the loop waits for its batch."""
     if needed is None:
         return None
-    return {"tokens_per_second": needed, "times_faster": tokens_per_second / needed, "share_of_step": needed / tokens_per_second}
+    return {
+        "tokens_per_second": needed,
+        "times_faster": tokens_per_second / needed,
+        "share_of_step": needed / tokens_per_second,
+    }
 
 
 def _print(answer: Mapping[str, Any]) -> None:
@@ -80,7 +85,9 @@ def _print(answer: Mapping[str, Any]) -> None:
     console = Console(highlight=False)
     machine = answer["machine"]
     console.print(f"{machine['device']}, store {answer['store']}", soft_wrap=True)
-    shown = table("phase", "batch", "sources", "first read", "a batch", "tokens/s", *(["share of a step"] if answer["against"] else []))
+    shown = table(
+        "phase", "batch", "sources", "first read", "a batch", "tokens/s", *(["share of a step"] if answer["against"] else [])
+    )
     for row in answer["reading"]:
         cells = [row["phase"], f"{row['batch_tokens']:,}", ", ".join(row["sources"]), say_milliseconds(row["first_seconds"])]
         cells += [say_milliseconds(row["median_seconds"]), f"{row['tokens_per_second']:,.0f}"]
@@ -88,10 +95,8 @@ def _print(answer: Mapping[str, Any]) -> None:
     show(shown, console)
     shown = table("tokenizing", "text", "MB/s", "tokens/s", "bytes/token")
     for row in answer["tokenizing"]:
-        shown.add_row(
-            row["source"], f"{row['bytes'] / 1e6:.3g} MB", f"{row['bytes_per_second'] / 1e6:.3g}", f"{row['tokens_per_second']:,.0f}",
-            f"{row['bytes'] / row['tokens']:.3g}",
-        )  # fmt: skip
+        cells = [row["source"], f"{row['bytes'] / 1e6:.3g} MB", f"{row['bytes_per_second'] / 1e6:.3g}"]
+        shown.add_row(*cells, f"{row['tokens_per_second']:,.0f}", f"{row['bytes'] / row['tokens']:.3g}")
     show(shown, console)
     for text in answer["not_measured"]:
         console.print(f"Not measured: {text}", style="dim")

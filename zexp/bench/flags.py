@@ -35,7 +35,7 @@ def add_common(parser: argparse.ArgumentParser, *, seconds: float, of_config: bo
     parser.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default: {threads})")
     parser.add_argument(
         "--seconds", type=float, default=seconds, metavar="S",
-        help=f"how long to repeat what is measured, all together (default: {seconds:g}); whatever it says, a few repeats are made",
+        help=f"how long to repeat what is measured, all together (default: {seconds:g}); a few repeats are made anyway",
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Marks:
         if self._device == "cuda":
             torch.cuda.synchronize()
         found: dict[Spell, float] = {}
-        for (begin, spell), (end, _) in zip(marks, marks[1:], strict=False):
+        for (begin, spell), (end, _) in pairwise(marks):
             took = begin.elapsed_time(end) / 1e3 if self._device == "cuda" else end - begin
             found[spell] = found.get(spell, 0.0) + took
         return found

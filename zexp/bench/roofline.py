@@ -20,8 +20,8 @@ from zexp.store.files import write_atomic
 
 HERE = Path(__file__).parent / "templates"
 COLOURS = (
-    "#3b82c4", "#e07b39", "#2e9e6b", "#c65b9c", "#b59a1c", "#4fb3bf", "#8a6fd1", "#a0522d", "#7f8c3a", "#d1495b", "#30638e", "#66717e",
-    "#c08497", "#5c8001",
+    "#3b82c4", "#e07b39", "#2e9e6b", "#c65b9c", "#b59a1c", "#4fb3bf", "#8a6fd1", "#a0522d", "#7f8c3a", "#d1495b", "#30638e",
+    "#66717e", "#c08497", "#5c8001",
 )  # fmt: skip
 PASSES = ("forward", "backward")
 MARKERS = {"forward": "o", "backward": "s"}
@@ -62,17 +62,25 @@ def svg(answer: Mapping[str, Any]) -> str:
         axes.plot(xs, ys, color="0.4", linestyle=dash, linewidth=1.3, label=f"ceiling, {precision}")
     for point in found:
         full = colour[point["block"]] if point["dtype"] == "bf16" else "none"
-        axes.plot(
-            point["intensity"], point["flops_per_second"], MARKERS[point["pass"]], markersize=6, markeredgecolor=colour[point["block"]],
-            markerfacecolor=full,
-        )  # fmt: skip
+        edge = colour[point["block"]]
+        at = (point["intensity"], point["flops_per_second"])
+        axes.plot(*at, MARKERS[point["pass"]], markersize=6, markeredgecolor=edge, markerfacecolor=full)
     for block, one in colour.items():
         axes.plot([], [], "o", color=one, label=block)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s", title=TITLE)
-    axes.text(0.0, -0.16, "disc: forward, square: backward; hollow: fp32, full: bf16", transform=axes.transAxes, fontsize=8, color="0.35")
+    axes.text(
+        0.0,
+        -0.16,
+        "disc: forward, square: backward; hollow: fp32, full: bf16",
+        transform=axes.transAxes,
+        fontsize=8,
+        color="0.35",
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     out = StringIO()
-    FigureCanvasSVG(figure).print_svg(out, metadata={"Description": machine_line(answer["machine"], answer["ceilings"]), "Date": None})
+    FigureCanvasSVG(figure).print_svg(
+        out, metadata={"Description": machine_line(answer["machine"], answer["ceilings"]), "Date": None}
+    )
     return out.getvalue()
 
 

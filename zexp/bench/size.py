@@ -1,4 +1,4 @@
-"""Which sizes of an architecture are fast on this device at one number of parameters: widths, MLP widths, heads, rows of the embedding.
+"""Which sizes of an architecture are fast here at one number of parameters: widths, MLP widths, heads, rows of the embedding.
 
 The base is what `arch.match={parameters: …}` chooses; every candidate differs from it in one thing. Each distinct layer of a
 candidate is built once, all candidates are run forward and backward in turns, and a layer's time counts as often as the layer
@@ -48,8 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The budget, the family, and which sizes to try."""
     flags.add_common(parser, seconds=120.0, of_config=True)
     parser.add_argument("--parameters", required=True, metavar="N", help="the budget: 50M, 1.3B")
-    parser.add_argument("--arch", metavar="NAME", help="whose pattern and shape: a name under conf/arch; the same as the override arch=NAME")
-    parser.add_argument("--width", nargs="+", type=int, metavar="D", help="model widths to try (default: multiples of 8 to 256 nearby)")
+    parser.add_argument(
+        "--arch", metavar="NAME", help="whose pattern and shape: a name under conf/arch; the same as the override arch=NAME"
+    )
+    parser.add_argument(
+        "--width", nargs="+", type=int, metavar="D", help="model widths to try (default: multiples of 8 to 256 nearby)"
+    )
     parser.add_argument(
         "--tolerance", type=float, default=0.03, metavar="SHARE",
         help="how far from the budget a candidate may be, as a share of it (default: 0.03)",
@@ -120,29 +124,30 @@ def _print(answer: Mapping[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(machine_line(answer["machine"], answer["ceilings"]))
     console.print(
-        f"{answer['name']} at {answer['parameters']:,} parameters ± {answer['tolerance']:.0%}: {len(answer['candidates'])} sizes, "
+        f"{answer['name']} at {answer['parameters']:,} parameters ± {answer['tolerance']:.0%}: "
+        f"{len(answer['candidates'])} sizes, "
         f"{answer['micro_batch']} × {answer['seq_len']} tokens, {answer['precision']}, in {answer['rounds']} rounds.",
         style="bold",
     )  # fmt: skip
     shown = table("size", "changed", "parameters", "tokens/s", "FLOP/s", "share", "speed", "95 %")
     for row in sorted(answer["candidates"], key=lambda row: -float(row["tokens_per_second"])):
         ratio = row["over_base"]
-        shown.add_row(
-            row["name"], row["factor"], f"{row['parameters'] / 1e6:,.4g} M", f"{row['tokens_per_second']:,.0f}", say_rate(row["flops_per_second"]),
-            f"{row['share_of_matmul']:.0%}", f"{ratio['median']:.3f}", "" if row["factor"] == "base" else f"{ratio['low']:.3f}–{ratio['high']:.3f}",
-            style=None if row["verdict"] in ("faster", "base") else "dim",
-        )  # fmt: skip
+        cells = [row["name"], row["factor"], f"{row['parameters'] / 1e6:,.4g} M", f"{row['tokens_per_second']:,.0f}"]
+        cells += [say_rate(row["flops_per_second"]), f"{row['share_of_matmul']:.0%}", f"{ratio['median']:.3f}"]
+        cells += ["" if row["factor"] == "base" else f"{ratio['low']:.3f}–{ratio['high']:.3f}"]
+        shown.add_row(*cells, style=None if row["verdict"] in ("faster", "base") else "dim")
     show(shown, console)
     console.print(
-        "Speed: tokens/s over the base's, the median of the rounds with its 95 % interval; dim: not faster than the base for certain. One "
-        "comparison in twenty errs by chance.", style="dim",
+        "Speed: tokens/s over the base's, the median of the rounds with its 95 % interval; dim: not faster than the base for "
+        "certain. One comparison in twenty errs by chance.", style="dim",
     )  # fmt: skip
     for text in answer["facts"]:
         console.print(f"- {text}")
     check = answer["whole"]
     if check is not None:
         console.print(
-            f"Whole models in turns: {check['name']} {check['tokens_per_second']:,.0f} tokens/s, the base {check['base_tokens_per_second']:,.0f}: "
+            f"Whole models in turns: {check['name']} {check['tokens_per_second']:,.0f} tokens/s, the base "
+            f"{check['base_tokens_per_second']:,.0f}: "
             f"{check['over_base']['median']:.3f} times ({check['over_base']['low']:.3f}–{check['over_base']['high']:.3f})."
         )
     for text in answer["not_measured"]:

@@ -31,7 +31,10 @@ def measure(question: Question, seconds: float) -> dict[str, Any]:
     """What `zexp bench size --json` prints."""
     device = device_of(question.place["device"])
     run = question.run
-    with progress("sizes", len(question.candidates) + 3) as say, setting(question.place["threads"], deterministic=run.execution.deterministic):
+    with (
+        progress("sizes", len(question.candidates) + 3) as say,
+        setting(question.place["threads"], deterministic=run.execution.deterministic),
+    ):
         say("the machine's ceilings")
         ceilings = machine.ceilings(device)
         batch = random_batch(question, device)
@@ -58,8 +61,9 @@ def measure(question: Question, seconds: float) -> dict[str, Any]:
             missing.append("a whole model beside the base: no candidate is faster for certain.")
         about = machine.facts(device)
     return {
-        "name": question.name, "machine": about, "ceilings": ceilings, "parameters": question.parameters, "tolerance": question.tolerance,
-        "micro_batch": run.execution.micro_batch, "seq_len": run.seq_len, "precision": run.precision, "kernels": run.kernels.backend,
+        "name": question.name, "machine": about, "ceilings": ceilings,
+        "parameters": question.parameters, "tolerance": question.tolerance, "micro_batch": run.execution.micro_batch,
+        "seq_len": run.seq_len, "precision": run.precision, "kernels": run.kernels.backend,
         "rounds": len(base.laps) - 1, "candidates": rows, "facts": facts(rows), "whole": whole, "not_measured": missing,
     }  # fmt: skip
 
@@ -67,7 +71,10 @@ def measure(question: Question, seconds: float) -> dict[str, Any]:
 def reduced(model: Mapping[str, Any]) -> dict[str, Any]:
     """The same with each distinct layer once; twice where the first of a letter lacks weights that later ones have."""
     specs = specs_of(model)
-    most = {layer: 1 + any(specs[letter].missing_in_first(model["width"]) > 0 for letter in layer if letter.isalpha()) for layer in model["pattern"]}
+    most = {
+        layer: 1 + any(specs[letter].missing_in_first(model["width"]) > 0 for letter in layer if letter.isalpha())
+        for layer in model["pattern"]
+    }
     kept: list[str] = []
     for layer in model["pattern"]:
         if kept.count(layer) < most[layer]:
@@ -97,7 +104,13 @@ class Sample:
 
         def passes() -> None:
             built.zero_grad(set_to_none=True)
-            backward(built, batch, micro_batch=run.execution.micro_batch, precision=run.precision, document_mask=question.document_mask)
+            backward(
+                built,
+                batch,
+                micro_batch=run.execution.micro_batch,
+                precision=run.precision,
+                document_mask=question.document_mask,
+            )
 
         self.work: Callable[[], None] = lapped(Marks(built, device), passes, self.laps)
 
@@ -118,7 +131,9 @@ class Sample:
         table = {row.letter or row.name: row.flops / row.count for row in calc.block_table(model, self.question.run.seq_len)}
         found = {}
         for part, count in [*self.built.items(), (marks.HEAD, 1)]:
-            took = statistics.median(sum(seconds for spell, seconds in lap.items() if spell.part == part) for lap in self.laps[1:])
+            took = statistics.median(
+                sum(seconds for spell, seconds in lap.items() if spell.part == part) for lap in self.laps[1:]
+            )
             flops = sum(table[letter] for letter in part.split("|")) if part in self.built else table["head"]
             found[part] = calc.TRAIN_PER_FORWARD * tokens * count * flops / took
         return found
@@ -153,7 +168,9 @@ def _row(sample: Sample, base: Sample, ceiling: float) -> dict[str, Any]:
         **sample.candidate.to_json(), "seconds": seconds, "tokens_per_second": rate, "flops_per_token": flops,
         "flops_per_second": rate * flops, "share_of_matmul": rate * flops / ceiling, "over_base": over,
         "verdict": BASE if sample is base else _verdict(over),
-        "parts": {_label(sample, part): {"flops_per_second": value, "over_base": value / theirs[part]} for part, value in own.items()},
+        "parts": {
+            _label(sample, part): {"flops_per_second": value, "over_base": value / theirs[part]} for part, value in own.items()
+        },
     }  # fmt: skip
 
 
@@ -165,7 +182,8 @@ def _label(sample: Sample, part: str) -> str:
 def _winner(question: Question, runs: Sequence[Sample], rows: Sequence[Mapping[str, Any]]) -> Candidate | None:
     """The fastest of each kind of change together, where they can be and stay near the target; else the fastest candidate."""
     faster = sorted(
-        (number for number, row in enumerate(rows) if row["verdict"] == "faster"), key=lambda number: -float(rows[number]["tokens_per_second"])
+        (number for number, row in enumerate(rows) if row["verdict"] == "faster"),
+        key=lambda number: -float(rows[number]["tokens_per_second"]),
     )
     if not faster:
         return None
@@ -184,7 +202,9 @@ def _winner(question: Question, runs: Sequence[Sample], rows: Sequence[Mapping[s
 def _whole(question: Question, base: Candidate, winner: Candidate, batch: Batch, device: str) -> dict[str, Any]:
     """Both models as they are, in turns."""
     samples = {name: Sample(one, one.model, question, batch, device) for name, one in ((BASE, base), ("winner", winner))}
-    in_turns({name: sample.work for name, sample in samples.items()}, device, seconds=0.0, least=WHOLE_ROUNDS, most=WHOLE_ROUNDS)
+    in_turns(
+        {name: sample.work for name, sample in samples.items()}, device, seconds=0.0, least=WHOLE_ROUNDS, most=WHOLE_ROUNDS
+    )
     rounds = {name: sample.rounds() for name, sample in samples.items()}
     over = _ratio(rounds[BASE], rounds["winner"])
     rates = {name: question.tokens / statistics.median(took) for name, took in rounds.items()}
@@ -204,21 +224,26 @@ def facts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in widths:
             by_multiple.setdefault(alignment(row["width"]), []).append(row["flops_per_second"])
         said = ", ".join(
-            f"{step}: {statistics.median(rates) / 1e9:,.4g} GFLOP/s ({len(rates)})" for step, rates in sorted(by_multiple.items())
+            f"{step}: {statistics.median(rates) / 1e9:,.4g} GFLOP/s ({len(rates)})"
+            for step, rates in sorted(by_multiple.items())
         )
         found.append(f"Widths by the largest power of two that divides them: {said}.")
     for factor, what in ((WIDTH, "widths"), (MLP, "MLP widths"), (HEADS, "heads"), (VOCABULARY, "rows of the embedding")):
         those = [row for row in rows if row["factor"] == factor]
         if not those:
             continue
-        counted = {verdict: sum(row["verdict"] == verdict for row in those) for verdict in ("faster", "slower", "cannot distinguish")}
+        counted = {
+            verdict: sum(row["verdict"] == verdict for row in those) for verdict in ("faster", "slower", "cannot distinguish")
+        }
         found.append(
-            f"Of {len(those)} other {what}, {counted['faster']} faster than the base, {counted['slower']} slower, {counted['cannot distinguish']} "
-            "not to be distinguished from it."
+            f"Of {len(those)} other {what}, {counted['faster']} faster than the base, {counted['slower']} slower, "
+            f"{counted['cannot distinguish']} not to be distinguished from it."
         )
         for row in those:
             parts = [
-                f"{part} {one['over_base']:.2f} times" for part, one in row["parts"].items() if abs(one["over_base"] - 1) > NOTABLE
+                f"{part} {one['over_base']:.2f} times"
+                for part, one in row["parts"].items()
+                if abs(one["over_base"] - 1) > NOTABLE
             ]
             if parts and row["verdict"] != "cannot distinguish":
                 found.append(f"{row['name']} is {row['verdict']}; FLOP/s over the base's: {', '.join(parts)}.")

@@ -50,12 +50,12 @@ class Work:
 
     def is_like(self, other: Work) -> bool:
         """Whether a step of the other is the same work: variants of a study may differ in what a step does not show."""
-        of_segment = ("precision", "document_mask", "optim")
-        return (
-            (self.model, self.sequences, self.run.seq_len, self.micro_batch, self.place) == (other.model, other.sequences, other.run.seq_len, other.micro_batch, other.place)
-            and (self.run.kernels, self.run.execution.deterministic) == (other.run.kernels, other.run.execution.deterministic)
-            and all(self.segment[key] == other.segment[key] for key in of_segment)
-        )  # fmt: skip
+        return self._likeness() == other._likeness()
+
+    def _likeness(self) -> tuple[Any, ...]:
+        segment = [self.segment[key] for key in ("precision", "document_mask", "optim")]
+        sizes = (self.sequences, self.run.seq_len, self.micro_batch, self.run.parallelism.data)
+        return (self.model, segment, sizes, self.place, self.run.kernels, self.run.execution.deterministic)
 
     def estimate(self) -> memory.Training:
         """What `zexp plan` reckons that the training takes."""
@@ -127,7 +127,9 @@ def resolved(run: Run, problems: Problems) -> tuple[dict[str, Any], Chain]:
     try:
         model, _ = match.resolve(semantic_dict(run.arch), vocab_size(run, Path.cwd()), run.seq_len)
         select.backends(run.kernels.backend, select.operations_of(numerics(model)))
-        chain = compile_chain(run, model=model, model_numerics=numerics(model), tokenizer="", packing=lambda name, _source: name)
+        chain = compile_chain(
+            run, model=model, model_numerics=numerics(model), tokenizer="", packing=lambda name, _source: name
+        )
     except ConfigError as error:
         problems.extend(error.problems)
         problems.raise_if_any()
@@ -149,15 +151,20 @@ def _print(answer: Mapping[str, Any]) -> None:
         console.print(machine_line(one["machine"], one["ceilings"]))
         console.print(
             f"{one['name']}: {one['batch_tokens']:,} tokens a step in micro-batches of {one['micro_batch']} × {one['seq_len']}, "
-            f"{one['precision']}, kernels {one['kernels']}: {one['tokens_per_second']:,.0f} tokens/s, {one['step']['median_seconds']:.3g} s a "
-            f"step (median of {one['step']['n']}, best {one['step']['best_seconds']:.3g} s, the first {one['first_seconds']:.3g} s).",
+            f"{one['precision']}, kernels {one['kernels']}: {one['tokens_per_second']:,.0f} tokens/s, "
+            f"{one['step']['median_seconds']:.3g} s a step (median of {one['step']['n']}, best {one['step']['best_seconds']:.3g} s, "
+            f"the first {one['first_seconds']:.3g} s).",
             style="bold",
         )  # fmt: skip
         mfu = one["mfu"]
         console.print(
-            f"{say_tokens(one['flops_per_token']['train'])}FLOP a token: {say_rate(one['flops_per_second'])}, {mfu['of_measured']:.1%} of the "
-            f"{say_rate(mfu['ceiling'])} measured"
-            + ("." if mfu["of_datasheet"] is None else f", {mfu['of_datasheet']:.1%} of {say_rate(mfu['datasheet'])} ({mfu['source']}).")
+            f"{say_tokens(one['flops_per_token']['train'])}FLOP a token: {say_rate(one['flops_per_second'])}, "
+            f"{mfu['of_measured']:.1%} of the {say_rate(mfu['ceiling'])} measured"
+            + (
+                "."
+                if mfu["of_datasheet"] is None
+                else f", {mfu['of_datasheet']:.1%} of {say_rate(mfu['datasheet'])} ({mfu['source']})."
+            )
         )
         found = one["memory"]
         console.print(
@@ -168,14 +175,16 @@ def _print(answer: Mapping[str, Any]) -> None:
         for row in one["breakdown"]["rows"]:
             passes = [say_milliseconds(row[key]) if row[key] else "" for key in ("forward_seconds", "backward_seconds")]
             rate = say_rate(row["flops_per_second"]) if row["flops_per_second"] else ""
-            shown.add_row(row["part"], str(row["count"] or ""), *passes, say_milliseconds(row["seconds"]), f"{row['share']:.1%}", rate)
+            shown.add_row(
+                row["part"], str(row["count"] or ""), *passes, say_milliseconds(row["seconds"]), f"{row['share']:.1%}", rate
+            )
         rest, whole = one["breakdown"]["remainder_seconds"], one["breakdown"]["whole_seconds"]
         shown.add_row("between them", "", "", "", say_milliseconds(rest), f"{rest / whole:.1%}", "")
         shown.add_row("all", "", "", "", say_milliseconds(whole), "100.0%", "", style="bold")
         show(shown, console)
         console.print(
-            f"Times are means of {one['breakdown']['laps']} steps that were marked, which took {one['breakdown']['marked_over_plain']:.3f} times as "
-            "long as the others. A part is its layers with their norms.", style="dim",
+            f"Times are means of {one['breakdown']['laps']} steps that were marked, which took "
+            f"{one['breakdown']['marked_over_plain']:.3f} times as long as the others. A part is its layers with their norms.", style="dim",
         )  # fmt: skip
         for text in one["not_measured"]:
             console.print(f"Not measured: {text}", style="dim")

@@ -96,7 +96,13 @@ def _measured(work: Work, device: str, seconds: float) -> dict[str, Any]:
     laps: list[Mapping[Spell, float]] = []
     left = max(0.0, seconds - (time.monotonic() - began))
     times = in_turns({"plain": step.plain, "marked": lapped(step.marks, step, laps)}, device, seconds=left, least=3, most=200)
-    return {"first": first, "times": times, "laps": laps[1:], "used": peak.bytes(), "how": peak.how}  # the first lap does not count
+    return {
+        "first": first,
+        "times": times,
+        "laps": laps[1:],
+        "used": peak.bytes(),
+        "how": peak.how,
+    }  # the first lap does not count
 
 
 def _warm_up(device: str) -> None:
@@ -121,7 +127,9 @@ def _answer(
     if device == "cpu":
         missing.append("memory of a GPU, and its MFU against a datasheet: this ran on the CPU.")
     if work.run.parallelism.data > 1:
-        missing.append(f"the sum of gradients over {work.run.parallelism.data} ranks: this is one rank's share of the batch, alone.")
+        missing.append(
+            f"the sum of gradients over {work.run.parallelism.data} ranks: this is one rank's share of the batch, alone."
+        )
     return {
         **work.about(),
         "machine": dict(about),

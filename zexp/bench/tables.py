@@ -42,6 +42,7 @@ def machine_line(machine: Mapping[str, Any], ceilings: Mapping[str, float]) -> s
     """What was measured on, with its ceilings."""
     threads = f", {machine['threads']} thread{'s' * (machine['threads'] != 1)}" if machine["kind"] == "cpu" else ""
     return (
-        f"{machine['device']}{threads}, torch {machine['torch']}: products of matrices {say_rate(ceilings['matmul_fp32'])} in fp32, "
+        f"{machine['device']}{threads}, torch {machine['torch']}: "
+        f"products of matrices {say_rate(ceilings['matmul_fp32'])} in fp32, "
         f"{say_rate(ceilings['matmul_bf16'])} in bf16; memory {ceilings['memory'] / 1e9:.3g} GB/s (all three measured now)."
     )
