@@ -23,9 +23,9 @@ from zexp.blocks.base import BlockSpec
 from zexp.blocks.table import TABLE, spec_class
 from zexp.calc.memory import saved_bytes
 from zexp.config.errors import ConfigError
+from zexp.kernels import select
 
 DTYPES = ("fp32", "bf16")
-KERNELS = ("auto", "torch", "fused")
 HEAD_DIM = 64  # where nothing is said and it divides
 PLOTS = (".html", ".svg")
 RESIDUAL_BYTES = 4  # of a number that enters or leaves a block: the residual stream is in fp32
@@ -152,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="bf16: autocast, fp32 weights (default: both)"
     )
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["auto"], help="backends (default: auto)")
+    parser.add_argument("--kernels", nargs="+", choices=select.CHOICES, default=["auto"], help="backends (default: auto)")
     parser.add_argument(
         "--key", action="append", default=[], metavar="BLOCK.KEY=V,V",
         help="a further axis over any key of a block (zexp/blocks/*/spec.py): --key m.chunk=64,256 --key g.lora_rank.mlp=0,16",
@@ -372,8 +372,8 @@ def _print(answer: Mapping[str, Any]) -> None:
         shown.add_row(*cells, f"{row['intensity']:.3g}")
     show(shown, console)
     console.print(
-        "Times are medians. Shares are of the machine's rate in that precision. FLOP/B: of both passes, over the least bytes that "
-        "they move.",
+        "Times are medians. Shares are of the machine's rate in that precision. FLOP/B: of both passes, over the least bytes "
+        "that they move.",
         style="dim",
     )  # fmt: skip
     if answer["largest_peak_bytes"] is not None:

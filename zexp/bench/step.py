@@ -21,7 +21,6 @@ from zexp.calc import model as calc
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
 from zexp.config.schema import Run
-from zexp.kernels import select
 from zexp.study import ranks
 from zexp.study.resolve import Composed, check_execution, layout_of, vocab_size
 from zexp.train.phases import Chain, compile_chain
@@ -65,12 +64,11 @@ class Work:
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
-        backends = select.backends(self.run.kernels.backend, select.operations_of(numerics(self.model)))
         return {
             "name": self.name, "seq_len": self.run.seq_len, "vocab_size": self.model["vocab_size"], "width": self.model["width"],
             "layers": len(self.model["pattern"]), "batch_tokens": self.tokens, "micro_batch": self.micro_batch,
             "precision": self.run.precision, "document_mask": self.segment["document_mask"],
-            "deterministic": self.run.execution.deterministic, "kernels": self.run.kernels.backend, "backends": backends,
+            "deterministic": self.run.execution.deterministic, "kernels": self.run.kernels.backend,
             "parameters": calc.parameters(self.model), "flops_per_token": calc.flops_per_token(self.model, self.run.seq_len),
         }  # fmt: skip
 
@@ -126,7 +124,6 @@ def resolved(run: Run, problems: Problems) -> tuple[dict[str, Any], Chain]:
     """The model and its chain of segments, with names in place of the ids of data. Raises ConfigError, with `problems` before."""
     try:
         model, _ = match.resolve(semantic_dict(run.arch), vocab_size(run, Path.cwd()), run.seq_len)
-        select.backends(run.kernels.backend, select.operations_of(numerics(model)))
         chain = compile_chain(
             run, model=model, model_numerics=numerics(model), tokenizer="", packing=lambda name, _source: name
         )
@@ -152,7 +149,8 @@ def _print(answer: Mapping[str, Any]) -> None:
         console.print(
             f"{one['name']}: {one['batch_tokens']:,} tokens a step in micro-batches of {one['micro_batch']} × {one['seq_len']}, "
             f"{one['precision']}, kernels {one['kernels']}: {one['tokens_per_second']:,.0f} tokens/s, "
-            f"{one['step']['median_seconds']:.3g} s a step (median of {one['step']['n']}, best {one['step']['best_seconds']:.3g} s, "
+            f"{one['step']['median_seconds']:.3g} s a step "
+            f"(median of {one['step']['n']}, best {one['step']['best_seconds']:.3g} s, "
             f"the first {one['first_seconds']:.3g} s).",
             style="bold",
         )  # fmt: skip
@@ -184,7 +182,8 @@ def _print(answer: Mapping[str, Any]) -> None:
         show(shown, console)
         console.print(
             f"Times are means of {one['breakdown']['laps']} steps that were marked, which took "
-            f"{one['breakdown']['marked_over_plain']:.3f} times as long as the others. A part is its layers with their norms.", style="dim",
+            f"{one['breakdown']['marked_over_plain']:.3f} times as "
+            "long as the others. A part is its layers with their norms.", style="dim",
         )  # fmt: skip
         for text in one["not_measured"]:
             console.print(f"Not measured: {text}", style="dim")

@@ -19,8 +19,10 @@ from zexp.bench.timing import in_turns, once
 from zexp.calc import devices
 from zexp.calc import model as calc
 from zexp.model.build import build, decayed
+from zexp.study import ranks
 from zexp.train import optimizer
 from zexp.train.batches import Batch
+from zexp.train.fingerprint import fingerprint
 from zexp.train.step import backward
 
 DOCUMENT_TOKENS = 256  # mean length of the documents that random tokens are cut into, where a config masks documents
@@ -130,8 +132,13 @@ def _answer(
         missing.append(
             f"the sum of gradients over {work.run.parallelism.data} ranks: this is one rank's share of the batch, alone."
         )
+    asked = {
+        "kernels": work.run.kernels.backend, "micro_batch": work.micro_batch, "threads": work.place["threads"],
+        "ranks": ranks.request(work.run.parallelism), "deterministic": work.run.execution.deterministic,
+    }  # fmt: skip
     return {
         **work.about(),
+        "backends": fingerprint(work.model, asked, device)["backends"],
         "machine": dict(about),
         "ceilings": dict(ceilings),
         "first_seconds": measured["first"],
