@@ -154,3 +154,20 @@ def test_one_config_is_compared_and_an_arch_is_named_once():
     assert size.overrides(options, ["seq_len=64"]) == ["arch=mamba2_tiny"]
     with pytest.raises(ConfigError, match="Keep one"):
         size.overrides(options, ["arch=zamba2_tiny"])
+
+
+def test_what_wins_is_built_whole_beside_the_base(ceilings, capsys, monkeypatch):
+    monkeypatch.setattr(size_times, "_verdict", lambda ratio: "faster")
+    options = with_config(asked(size, "--parameters", "1.3M", "--seconds", "30", "--tolerance", "0.02"), SMALL)
+    monkeypatch.setattr(size_times, "in_turns", lambda works, device, **_: [work() for _ in range(7) for work in works.values()])
+    whole = answer_of(size, options, capsys)["whole"]
+    assert whole["over_base"]["median"] == pytest.approx(whole["tokens_per_second"] / whole["base_tokens_per_second"], rel=0.5)
+    assert whole["keys"] and abs(whole["parameters"] / 1_300_000 - 1) <= 0.02
+    assert whole["combined"] == (whole["factor"] == "combined")
+
+
+def test_a_whole_model_that_would_take_too_long_is_not_built(ceilings, capsys, monkeypatch):
+    monkeypatch.setattr(size_times, "_verdict", lambda ratio: "faster")
+    options = with_config(asked(size, "--parameters", "1.3M", "--seconds", "0.001", "--tolerance", "0.02"), SMALL)
+    answer = answer_of(size, options, capsys)
+    assert answer["whole"] is None and "more than --seconds 0.001" in answer["not_measured"][0]
