@@ -42,7 +42,7 @@ def test_the_interval_misses_the_true_median_as_rarely_as_it_says(n):
 
 
 def test_the_ranks_of_known_tables():
-    # Ranks 2 and 9 of 10, 6 and 15 of 20: the sign test's intervals at 95 % (Conover 1999, table A3).
+    # P(Binomial(10, 1/2) <= 1) = 0.0107 and P(Binomial(20, 1/2) <= 5) = 0.0207: the next ones, 0.0547 and 0.0577, are too much.
     assert median_interval(range(1, 11)) == (2, 9)
     assert median_interval(range(1, 21)) == (6, 15)
     assert Counter(median_interval(range(1, 7))) == Counter((1, 6))
