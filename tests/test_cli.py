@@ -90,7 +90,7 @@ def test_the_shell_completes_choices_after_the_verb(tmp_path, line, expected):
 
 @pytest.mark.parametrize(
     ("line", "offered"),
-    [("zexp ", {"run", "plan", "calc", "status", "report", "logs", "cancel", "export", "sample", "store", "init"}), ("zexp r", {"run", "report"}),
+    [("zexp ", {"run", "plan", "calc", "status", "report", "logs", "cancel", "export", "sample", "store", "init", "bench"}), ("zexp r", {"run", "report"}),
      ("zexp status qu", {"quickstart"}), ("zexp init x", set()), ("zexp sample ti", {"tiny", "tiny@pretrain"}),
      ("zexp export quickstart/tiny@", {"quickstart/tiny@pretrain"}), ("zexp export tiny --h", set())],
 )  # fmt: skip

@@ -22,13 +22,13 @@ LAYERS = [
     {"study"},
     {"report", "bench"},
     {"arguments"},
-    {"cli", "hydra_app", "verbs", "running", "starter", "finish", "store_verb", "show_store"},
+    {"cli", "hydra_app", "verbs", "running", "starter", "finish", "store_verb", "show_store", "bench_verb"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 # Pure although their layer is not: read at plan time.
 PURE = ["store", "calc", "config", "blocks.resolve", "train.phases", "train.schedule", "data.stream", "data.ledger",
-        "data.recipe", "evaluate.plan", "model.hf.folder", "study.names", "study.plan", "study.execute", "study.compose", "study.jobs", "study.gc", "study.holdings", "study.share", "report", "verbs", "running", "store_verb", "show_store", "cli", "hydra_app"]  # fmt: skip
+        "data.recipe", "evaluate.plan", "model.hf.folder", "study.names", "study.plan", "study.execute", "study.compose", "study.jobs", "study.gc", "study.holdings", "study.share", "report", "verbs", "running", "store_verb", "show_store", "bench_verb", "bench.blocks", "bench.step", "bench.data", "bench.size", "bench.candidates", "bench.roofline", "cli", "hydra_app"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

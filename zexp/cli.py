@@ -18,6 +18,7 @@ zexp: which hybrid language model, and which annealing recipe? Studies as trees 
   zexp report [--json] STUDY    tables and one HTML leaderboard, also of half a study
   zexp calc [--json] [overrides]    parameters, FLOPs per token and memory of an architecture, per block
   zexp calc budget gpus=64 days=14 device=h100 [overrides]    what it can be trained on in that time
+  zexp bench blocks|step|data|size|kernels   how fast this machine is at them, as shares of what it can do
   zexp logs [-f] STAGE|STUDY/VARIANT   the log of a stage's last attempt
   zexp cancel STUDY|STAGE       stop its jobs and processes; running trainings write a state first
   zexp export RUN --hf DIR      a trained model as transformers loads it (--safetensors DIR: any model)
@@ -37,7 +38,7 @@ HYDRA_VERBS = ("run", "plan", "calc")
 # Verb -> the module that has a function of its name.
 MODULES = {
     "status": "running", "logs": "running", "cancel": "running",
-    "report": "verbs", "export": "verbs", "sample": "verbs", "init": "verbs", "store": "store_verb",
+    "report": "verbs", "export": "verbs", "sample": "verbs", "init": "verbs", "store": "store_verb", "bench": "bench_verb",
 }  # fmt: skip
 OTHER_VERBS = tuple(MODULES)
 
@@ -98,6 +99,10 @@ def _verbs_completed(words: list[str]) -> list[str] | None:
         from zexp import store_verb
 
         return list(store_verb.completed(parts[2:]))
+    if parts[1] == "bench":
+        from zexp import bench_verb
+
+        return bench_verb.completed(parts[2:])
     return [] if parts[1] in OTHER_VERBS else None
 
 
@@ -105,13 +110,13 @@ def _completion(words: list[str]) -> list[str]:
     """Hydra's completion calls the bare program; the verb stands in the line that is being completed."""
     line = os.environ.get("COMP_LINE", "")
     parts = line.split(" ")
-    if len(parts) > 1 and parts[1] in HYDRA_VERBS:
-        os.environ["COMP_LINE"] = " ".join([parts[0], *parts[2:]])
+    verbs = 2 if parts[1:2] == ["bench"] and len(parts) > 2 else 1 if len(parts) > 1 and parts[1] in HYDRA_VERBS else 0
+    if verbs:
+        os.environ["COMP_LINE"] = " ".join([parts[0], *parts[1 + verbs :]])
         point = os.environ.get("COMP_POINT")
         if point is not None:
-            os.environ["COMP_POINT"] = str(max(0, int(point) - len(parts[1]) - 1))
-        return [parts[1], *words]
-    return ["run", *words]
+            os.environ["COMP_POINT"] = str(max(0, int(point) - sum(len(part) + 1 for part in parts[1 : 1 + verbs])))
+    return [parts[1] if verbs == 1 else "run", *words]
 
 
 def _guarded(verb: Callable[[], int], *, trains: bool) -> int:

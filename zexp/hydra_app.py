@@ -1,4 +1,4 @@
-"""The Hydra app behind `run`, `plan` and `calc`: composes configs and hands them to zexp.study.
+"""The Hydra app behind `run`, `plan`, `calc` and parts of `bench`: composes configs and hands them to zexp.study.
 
 Hydra composes; zexp decides what to do with the result. Without -m Hydra calls the task function and never a
 launcher, with -m it calls our launcher (hydra_plugins/zexp): both end in `act`.
@@ -35,6 +35,8 @@ from zexp.study.resolve import Composed
 from zexp.study.trials import Trials
 from zexp.study.variants import GROUPS
 
+Act = Callable[[list[Composed], execute.Request], int]  # what a verb does with the composed configs; the exit code
+
 
 class _Verb:
     """What the composed configs are for; set once a process, read by task function and launcher."""
@@ -47,16 +49,20 @@ class _Verb:
     started = 0.0
     refused: ConfigError | None = None
     acted: list[execute.Acted] = []
+    act: Act | None = None
 
 
 class _Enough(Exception):
     """A sweeper would ask for more points, but the verb is done."""
 
 
-def hydra_verb(verb: str, arguments: list[str]) -> int:
-    """Compose and act. `--json` stands before the first override. Raises ConfigError for every wrong request."""
+def hydra_verb(verb: str, arguments: list[str], act: Act | None = None) -> int:
+    """Compose and act. `--json` stands before the first override. Raises ConfigError for every wrong request.
+
+    act: of a verb that this module does not know; its arguments but the overrides are taken off already.
+    """
     _Verb.name, _Verb.json, _Verb.exit_code, _Verb.started = verb, False, 0, time.monotonic()
-    _Verb.refused, _Verb.budget, _Verb.why, _Verb.acted = None, None, None, []
+    _Verb.refused, _Verb.budget, _Verb.why, _Verb.acted, _Verb.act = None, None, None, [], act
     words = list(arguments)
     if "--json" in words:
         words.remove("--json")
@@ -192,6 +198,9 @@ def act_on(
 
 
 def _show(variants: list[Composed], request: execute.Request) -> None:
+    if _Verb.act is not None:
+        _Verb.exit_code = _Verb.act(variants, request)
+        return
     if _Verb.name == "calc":
         _Verb.exit_code = show_calc.calc(variants, _Verb.budget, as_json=_Verb.json)
         return

@@ -94,6 +94,21 @@ def resolve(arch: Mapping[str, Any], vocab_size: int, seq_len: int) -> tuple[dic
     return _Search(written, vocab_size, quantity, number, _measure(quantity, max(seq_len, 1))).solve()
 
 
+def at_width(arch: Mapping[str, Any], vocab_size: int, parameters: int, width: int) -> Size | None:
+    """The architecture at that model width, its inner widths solved for so many parameters: the nearest that there is, however
+    far. None where no number of heads is legal at that width. arch: as `resolve` takes it, without a match, and legal."""
+    search = _Search(arch, vocab_size, "parameters", parameters, _measure("parameters", 1))
+    if any(_heads(spec, arch["width"], width) is None for spec in search.specs.values()):
+        return None
+    return search.solved(width, [])
+
+
+def nearest(arch: Mapping[str, Any], vocab_size: int, parameters: int) -> Size:
+    """The size of the architecture that is nearest to so many parameters among those that `resolve` tries, however far."""
+    search = _Search(arch, vocab_size, "parameters", parameters, _measure("parameters", 1))
+    return min(search.sizes(), key=lambda size: abs(size.value - parameters))
+
+
 def _say(quantity: str) -> str:
     return QUANTITIES.get(quantity) or f"bytes of bf16 weights and cache at {quantity.removeprefix(INFERENCE)} tokens"
 
@@ -134,7 +149,7 @@ def _measure(quantity: str, seq_len: int) -> Callable[[dict[str, Any]], float]:
 
 
 @dataclass(frozen=True)
-class _Size:
+class Size:
     """A model at one size: the keys that were chosen for it."""
 
     model: dict[str, Any]
@@ -154,14 +169,19 @@ class _Search:
 
     def solve(self) -> tuple[dict[str, Any], Match]:
         """The nearest size of the nearest width from which the target can be met. Raises ConfigError if none can."""
-        tried: list[_Size] = []
+        tried: list[Size] = []
         for width in (*self._nearest_widths(), *self._between()):
-            best = self._solved(width, tried)
+            best = self.solved(width, tried)
             if abs(best.value / self.target - 1) <= TOLERANCE:
                 written = self._written_sizes()
                 changed = {key: (written[key], new) for key, new in best.chosen.items()}
                 return best.model, Match(quantity=self.quantity, target=self.target, found=best.value, changed=changed)
         raise ConfigError(self._unreachable(tried))
+
+    def sizes(self) -> Iterator[Size]:
+        """The size of each width that is tried, nearest to the target first."""
+        for width in (*self._nearest_widths(), *self._between()):
+            yield self.solved(width, [])
 
     @cached_property
     def specs(self) -> dict[str, BlockSpec]:
@@ -205,7 +225,7 @@ class _Search:
                 sizes[f"arch.blocks.{letter}.{key}"] = getattr(spec, key)
         return sizes
 
-    def _at(self, width: int, factor: float, step: int) -> _Size:
+    def _at(self, width: int, factor: float, step: int) -> Size:
         """The model of that width, its inner widths at their ratio times the factor."""
         ratio = width / self.arch["width"]
         chosen = {"arch.width": width}
@@ -220,7 +240,7 @@ class _Search:
             tables.setdefault(letter, {}).update(changed)
             chosen |= {f"arch.blocks.{letter}.{key}": size for key, size in changed.items()}
         model = resolve_model({**self.arch, "width": width, "blocks": tables}, self.vocab_size)
-        return _Size(model, chosen, self.measure(model))
+        return Size(model, chosen, self.measure(model))
 
     @cached_property
     def _above(self) -> int:
@@ -241,7 +261,7 @@ class _Search:
     def _by_distance(self, widths: list[int]) -> list[int]:
         return sorted(widths, key=lambda width: abs(math.log(self._at(width, 1.0, STEP).value / self.target)))
 
-    def _solved(self, width: int, tried: list[_Size]) -> _Size:
+    def solved(self, width: int, tried: list[Size]) -> Size:
         """The size of that width that is nearest to the target."""
         best = self._at(width, 1.0, STEP)
         tried.append(best)
@@ -256,7 +276,7 @@ class _Search:
                 break
         return best
 
-    def _bisected(self, width: int, step: int) -> Iterator[_Size]:
+    def _bisected(self, width: int, step: int) -> Iterator[Size]:
         """The sizes below and above the target that differ least."""
         low, high = -math.log2(MAX_FACTOR), math.log2(MAX_FACTOR)
         below, above = self._at(width, 2**low, step), self._at(width, 2**high, step)
@@ -270,7 +290,7 @@ class _Search:
         yield below
         yield above
 
-    def _unreachable(self, tried: list[_Size]) -> str:
+    def _unreachable(self, tried: list[Size]) -> str:
         below = max((size for size in tried if size.value <= self.target), key=lambda size: size.value, default=None)
         above = min((size for size in tried if size.value > self.target), key=lambda size: size.value, default=None)
         text = f"arch.match.{self.quantity} = {self.target:,}: no size of this architecture is within {TOLERANCE:.0%} of it."

@@ -34,7 +34,7 @@ def backward(
     count = batch.labels_BT.numel() if labels is None else labels
     total = torch.zeros((), device=batch.inputs_BT.device)
     for part in batch.micro_batches(micro_batch):
-        with _arithmetic(precision, batch.inputs_BT.device.type):
+        with arithmetic(precision, batch.inputs_BT.device.type):
             auxiliary: list[Tensor] = []
             hidden_BTD = model(part.inputs_BT, part.documents_BT if document_mask else None, auxiliary)
             loss = model.loss_sum(hidden_BTD, part.labels_BT) / count
@@ -45,7 +45,8 @@ def backward(
     return total
 
 
-def _arithmetic(precision: str, device_type: str) -> AbstractContextManager[None]:
+def arithmetic(precision: str, device_type: str) -> AbstractContextManager[None]:
+    """In which a forward pass computes: fp32 as it stands, or bf16 by autocast. Raises ValueError for another precision."""
     if precision == "fp32":
         return nullcontext()
     if precision == "bf16":
