@@ -60,16 +60,19 @@ GOALS = {"llama": (2.0, 1.2), "mamba2": (3.0, 1.5), "zamba2": (3.0, 1.5), "mixtr
 
 
 def batches(batch: int, count: int) -> Iterator[Any]:
-    """(batch, SEQ_LEN + 1) token ids of a text that can be learned: each token follows from the one before, with noise."""
+    """(batch, SEQ_LEN + 1) token ids of a text that can be learned: each token follows from the one before, with noise.
+
+    None is 0: Zamba2 takes that for padding and begins with a row of zeros there, at which the gradient of a norm is 1/sqrt(eps).
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
     follows = torch.randperm(VOCAB, generator=generator)
     for _ in range(count):
-        tokens = torch.randint(0, VOCAB // 8, (batch, SEQ_LEN + 1), generator=generator)
+        tokens = torch.randint(1, VOCAB // 8, (batch, SEQ_LEN + 1), generator=generator)
         kept = torch.rand(tokens.shape, generator=generator) < 0.7
         for place in range(1, SEQ_LEN + 1):
-            tokens[:, place] = torch.where(kept[:, place], follows[tokens[:, place - 1]] % (VOCAB // 8), tokens[:, place])
+            tokens[:, place] = torch.where(kept[:, place], follows[tokens[:, place - 1]] % (VOCAB // 8 - 1) + 1, tokens[:, place])
         yield tokens
 
 
