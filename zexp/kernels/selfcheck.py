@@ -124,13 +124,14 @@ def measure(
         given = one.given(device, dtype)
         if refuses is not None and one.call(refuses, given, device) is not None:  # type: ignore[arg-type]
             continue
-        found.append(_error(name, function, one, given, device))
+        found.append(compared(name, function, one, given, device))
     return None if not found else Error(max(e.value for e in found), max(e.gradient for e in found))
 
 
-def _error(
+def compared(
     name: str, function: Callable[..., Tensor], one: Sample, given: dict[str, Tensor | None], device: torch.device | str
 ) -> Error:
+    """The errors of a function on one sample, of which it is given `given`."""
     truth_given = {
         key: None if tensor is None else _again(tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu())
         for key, tensor in given.items()
