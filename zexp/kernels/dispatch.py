@@ -23,8 +23,8 @@ from zexp.kernels.gated_delta.torch_backend import gated_delta
 from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
 from zexp.kernels.retention.torch_backend import retention
 from zexp.kernels.rms_norm.torch_backend import rms_norm
-from zexp.kernels.selective_scan.torch_backend import selective_scan
 from zexp.kernels.select import Choice, Machine
+from zexp.kernels.selective_scan.torch_backend import selective_scan
 from zexp.kernels.ssd.torch_backend import ssd
 from zexp.kernels.wkv7.torch_backend import wkv7
 
@@ -92,7 +92,11 @@ def chosen(kernels: str, operations: Iterable[str], device: str | torch.device, 
 
     where = torch.device(device)
     return select.choose(
-        kernels, operations, machine(where), deterministic=deterministic, failing=lambda *of: failing(*of, where)
+        kernels,
+        operations,
+        machine(where),
+        deterministic=deterministic,
+        failing=lambda operation, backend: failing(operation, backend, where),
     )
 
 

@@ -98,12 +98,12 @@ def examine(operation: str, backend: Backend, device: torch.device) -> str | Non
         checked = 0
         for dtype, tolerance in TOLERANCES.items():
             try:
-                error = measure(name, one.run, device, dtype, refuses=one.refuses)
+                found = measure(name, one.run, device, dtype, refuses=one.refuses)
             except Exception as problem:  # compilers and launchers of kernels raise anything
                 return f"{name} raises on {_type(dtype)}: {_said(problem)}"
-            if error is not None and (wrong := error.beyond(tolerance)) is not None:
+            if found is not None and (wrong := found.beyond(tolerance)) is not None:
                 return f"{name} on {_type(dtype)}: {wrong}"
-            checked += error is not None
+            checked += found is not None
         if not checked:
             return f"{name}: it refuses every shape that it is checked with"
     return None

@@ -64,10 +64,10 @@ def torch_flash() -> dict[str, Fused]:
                 )
             return out.transpose(1, 2)
         ends, longest = ends_of(documents, q)
-        parts = (tensor.flatten(0, 1) for tensor in (q, k, v))
         causal = {"window_size": (_before(window)[0], 0)} if windows else {"is_causal": True}
         options: dict[str, Any] = {"scale": scale} | causal | ({"enable_gqa": True} if grouped else {})
-        packed: Tensor = varlen_attn(*parts, ends, ends, longest, longest, **options)
+        packed = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, longest, longest, **options)
+        assert isinstance(packed, Tensor), "no auxiliary output was asked for"
         return packed.unflatten(0, q.shape[:2])
 
     def refuses_here(
