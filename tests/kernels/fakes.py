@@ -9,6 +9,7 @@ b batch · l positions · h heads · d channels · n state or key width · p val
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -70,7 +71,7 @@ def varlen_attn(
 def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, before: int) -> Tensor:
     assert q.dim() == 3 and q.dtype == torch.bfloat16 and ends.dtype == torch.int32
     assert ends[0] == 0 and ends[-1] == len(q) and longest == int(ends.diff().max())
-    parts = [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [slice(int(a), int(b)) for a, b in pairwise(ends.tolist())]
     return torch.cat([_softmax_attention(q[at], k[at], v[at], scale, before) for at in parts])
 
 
