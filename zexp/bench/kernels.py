@@ -57,8 +57,10 @@ def run(
     operations: Sequence[str] | None = None,
     seconds: float = SECONDS,
     sizes: dict[str, samples.Size] | None = None,
+    ceilings: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The table as plain data. sizes: what each function is timed with, None = samples.TIMED of the device.
+    """The table as plain data. sizes: what each function is timed with, None = samples.TIMED of the device. ceilings: of
+    zexp.bench.machine, None = they are measured now.
 
     Raises ConfigError for an operation without fused backends or a device that is not there.
     """
@@ -72,7 +74,7 @@ def run(
             f"No operation with fused backends is called {', '.join(unknown)}. There are {', '.join(sorted(select.BACKENDS))}."
         )
     timed = samples.TIMED[where.type] if sizes is None else sizes
-    ceilings = machine.ceilings(where)
+    ceilings = machine.ceilings(where) if ceilings is None else ceilings
     rows: list[dict[str, Any]] = []
     for operation in chosen:
         verdicts = {backend.name: verdict(operation, backend, where) for backend in select.BACKENDS[operation]}
