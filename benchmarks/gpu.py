@@ -2,17 +2,18 @@
 
     python benchmarks/gpu.py --minutes 20 [--device cuda] [--out benchmarks/results/gpu.json] [--only parity kernels steps peers]
 
-1. parity: every fused backend against the fp32 reference, values and gradients, on small and odd shapes (the self-check), with the
-   errors that it found, and torch's own beside them.
+1. parity: every fused backend against the fp32 reference, values and gradients, on small and odd shapes (the self-check), with
+   the errors that it found, and torch's own beside them.
 2. kernels: the table of `zexp bench kernels` in bf16: times, shares of the device's ceiling, what is taken and why not.
-3. steps: a whole step (forward, backward, clipping, AdamW; bf16 autocast, weights and optimizer fp32) of transformers, Mamba2 and
-   Zamba2 at 130M to 1.3B parameters, sequences of 4096: tokens/s, MFU by zexp.calc's exact model FLOPs (at chunk 64, whatever
-   runs), the peak of memory against zexp.calc's estimate; the hybrids on the torch backends too; one model under deterministic algorithms.
+3. steps: a whole step (forward, backward, clipping, AdamW; bf16 autocast, weights and optimizer fp32) of transformers, Mamba2
+   and Zamba2 at 130M to 1.3B parameters, sequences of 4096: tokens/s, MFU by zexp.calc's exact model FLOPs (at chunk 64,
+   whatever runs), the peak of memory against zexp.calc's estimate; the hybrids on the torch backends too; two models under
+   deterministic algorithms.
 4. peers: flash-linear-attention's and mamba-ssm's own models of the same size, in turns with zexp's in this process.
 
-After each item the JSON is written, so that a run that is cut off leaves what it has. What does not fit into the time is listed as
-skipped; what raises is listed with what it said, and the exit code is 1 then. Nothing is fetched. With --device cpu everything runs to its end on tiny sizes, the
-result says so, and lists what a CPU cannot tell.
+After each item the JSON is written, so that a run that is cut off leaves what it has. What does not fit into the time is listed
+as skipped; what raises is listed with what it said, and the exit code is 1 then. Nothing is fetched. With --device cpu everything
+runs to its end on tiny sizes, the result says so, and lists what a CPU cannot tell.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,10 +145,10 @@ class Report:
 def parity(report: Report, device: torch.device) -> None:
     for operation, row in sorted(select.BACKENDS.items()):
         for backend in row:
-            report.item("parity", f"{operation} {backend.name}", lambda op=operation, b=backend: _parity(op, b, device), seconds=20)  # type: ignore[misc]
+            report.item("parity", f"{operation} {backend.name}", partial(_parity, operation, backend, device), seconds=20)
         for function in dispatch.functions_of(operation):
-            torchs = getattr(dispatch.TORCH, function)
-            report.item("parity", f"{function} torch", lambda name=function, own=torchs: {name: _errors(name, own, device)})  # type: ignore[misc]
+            own = getattr(dispatch.TORCH, function)
+            report.item("parity", f"{function} torch", partial(_errors, function, own, device))
 
 
 def _parity(operation: str, backend: select.Backend, device: torch.device) -> dict[str, Any]:
@@ -189,7 +191,8 @@ def fitting(model: Mapping[str, Any], seq_len: int, device: torch.device, share:
     room = share * torch.cuda.get_device_properties(device).total_memory
     sizes = [size for size in (16, 8, 4, 2, 1) if estimate(model, seq_len, size).total <= room]
     if not sizes:
-        raise MemoryError(f"one sequence takes {estimate(model, seq_len, 1).total / 1e9:.0f} GB, {room / 1e9:.0f} GB are to be used")
+        one = estimate(model, seq_len, 1).total
+        raise MemoryError(f"one sequence takes {one / 1e9:.0f} GB, {room / 1e9:.0f} GB are to be used")
     return sizes[0]
 
 
@@ -219,7 +222,13 @@ def tokens(vocab: int, batch: int, seq_len: int, device: torch.device) -> Batch:
 
 
 def measured_step(
-    model: Mapping[str, Any], device: torch.device, choice: str, rates: Mapping[str, float], *, deterministic: bool, seconds: float
+    model: Mapping[str, Any],
+    device: torch.device,
+    choice: str,
+    rates: Mapping[str, float],
+    *,
+    deterministic: bool,
+    seconds: float,
 ) -> dict[str, Any]:
     seq_len = SEQ_LEN[device.type]
     size = fitting(model, seq_len, device)
@@ -243,7 +252,7 @@ def measured_step(
 
 
 def speed(model: Mapping[str, Any], timing: Timing, batch: int, seq_len: int, rates: Mapping[str, float]) -> dict[str, Any]:
-    """Shares are of the medians; of the vendor's figure, where the device is one of zexp.calc.devices, and of what was measured."""
+    """Of the median. Shares are of the vendor's figure, where zexp.calc.devices has it, and of what was measured."""
     per_second = batch * seq_len / timing.median
     flops = flops_per_token(at_chunk_64(model), seq_len)["train"] * per_second
     return {
@@ -301,8 +310,9 @@ def _fla_transformer(arch: Mapping[str, Any], vocab: int) -> Any:
     a, d = arch["blocks"]["a"], arch["blocks"]["d"]
     return TransformerForCausalLM(
         TransformerConfig(
-            hidden_size=arch["width"], num_hidden_layers=len(arch["pattern"]) // 2, num_heads=a["heads"], intermediate_size=d["width"],
-            max_position_embeddings=SEQ_LEN["cuda"], tie_word_embeddings=True, fuse_linear_cross_entropy=True,
+            hidden_size=arch["width"], num_hidden_layers=len(arch["pattern"]) // 2, num_heads=a["heads"],
+            intermediate_size=d["width"], max_position_embeddings=SEQ_LEN["cuda"], tie_word_embeddings=True,
+            fuse_linear_cross_entropy=True,
             fuse_cross_entropy=False, use_cache=False, vocab_size=vocab,
         )
     )  # fmt: skip
@@ -315,8 +325,8 @@ def _fla_mamba2(arch: Mapping[str, Any], vocab: int) -> Any:
     return Mamba2ForCausalLM(
         Mamba2Config(
             hidden_size=arch["width"], num_hidden_layers=len(arch["pattern"]), head_dim=m["head_dim"], state_size=m["state_size"],
-            expand=m["expand"], n_groups=m["groups"], conv_kernel=m["conv_width"], chunk_size=m["chunk"], tie_word_embeddings=True,
-            fuse_linear_cross_entropy=True, fuse_cross_entropy=False, use_cache=False, vocab_size=vocab,
+            expand=m["expand"], n_groups=m["groups"], conv_kernel=m["conv_width"], chunk_size=m["chunk"],
+            tie_word_embeddings=True, fuse_linear_cross_entropy=True, fuse_cross_entropy=False, use_cache=False, vocab_size=vocab,
         )
     )  # fmt: skip
 
@@ -326,7 +336,8 @@ def _mamba_ssm_mamba2(arch: Mapping[str, Any], vocab: int) -> Any:
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
     m = arch["blocks"]["m"]
-    cell = {"layer": "Mamba2", "d_state": m["state_size"], "headdim": m["head_dim"], "expand": m["expand"], "chunk_size": m["chunk"]}
+    cell = {"layer": "Mamba2", "d_state": m["state_size"], "headdim": m["head_dim"]}
+    cell |= {"expand": m["expand"], "chunk_size": m["chunk"]}
     return MambaLMHeadModel(MambaConfig(d_model=arch["width"], n_layer=len(arch["pattern"]), vocab_size=vocab, ssm_cfg=cell))
 
 
@@ -340,7 +351,7 @@ PEERS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
 def their_step(make: Callable[..., Any], model: Mapping[str, Any], device: torch.device, micro_batch: int, seq_len: int) -> Any:
     """The same step of a peer's model: bf16 autocast, fp32 weights, clipping, fused AdamW. Their number of parameters, and it."""
     theirs = make(model, model["vocab_size"]).to(device, torch.float32).train()
-    optim = torch.optim.AdamW(theirs.parameters(), lr=3e-4, betas=ADAMW["betas"], eps=ADAMW["eps"], fused=True)  # type: ignore[arg-type]
+    optim = torch.optim.AdamW(theirs.parameters(), lr=3e-4, betas=ADAMW["betas"], eps=ADAMW["eps"], fused=True)
     batch = tokens(model["vocab_size"], micro_batch, seq_len, device)
 
     def step() -> float:
@@ -367,7 +378,7 @@ def peers(report: Report, device: torch.device, rates: Mapping[str, float]) -> N
     turns = [(peer, name) for peer, (names, _) in PEERS.items() for name in names]
     order = list(MODELS["cuda"])
     for peer, name in sorted(turns, key=lambda turn: order.index(turn[1])):
-        report.item("peers", f"{peer}: {name}", lambda of=peer, at=name: side_by_side(of, at, device, rates), seconds=60)  # type: ignore[misc]
+        report.item("peers", f"{peer}: {name}", partial(side_by_side, peer, name, device, rates), seconds=60)
 
 
 def side_by_side(peer: str, name: str, device: torch.device, rates: Mapping[str, float]) -> dict[str, Any]:
@@ -424,7 +435,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="benchmarks/results/gpu.json, or gpu_on_cpu.json")
     options = parser.parse_args()
     device = kernels.device_of(options.device)
-    report = Report(options.out or RESULTS / ("gpu.json" if device.type == "cuda" else "gpu_on_cpu.json"), device, options.minutes)
+    out = options.out or RESULTS / ("gpu.json" if device.type == "cuda" else "gpu_on_cpu.json")
+    report = Report(out, device, options.minutes)
     if device.type == "cpu":
         report.found["note"] = "run on a CPU, with tiny sizes: it shows that the script runs to its end, and nothing about a GPU"
         report.found["not_measured"] += [
@@ -439,11 +451,8 @@ def main() -> int:
         parity(report, device)
     if "kernels" in options.only:
         for operation in sorted(select.BACKENDS):
-            report.item(
-                "kernels", operation,
-                lambda one=operation: kernels.run(device.type, dtype="bf16", operations=[one], ceilings=ceilings)["rows"],  # type: ignore[misc]
-                seconds=15 if device.type == "cuda" else 0,
-            )  # fmt: skip
+            table = partial(kernels.run, device.type, dtype="bf16", operations=[operation], ceilings=ceilings)
+            report.item("kernels", operation, lambda table=table: table()["rows"], seconds=15 if device.type == "cuda" else 0)
     if "steps" in options.only:
         steps(report, device, rates)
     if "peers" in options.only:

@@ -1,4 +1,4 @@
-"""The packages of fused kernels themselves, where they are installed: signatures, and what Triton's interpreter can run on a CPU."""
+"""The packages of fused kernels themselves, where they are installed: signatures, and what Triton's interpreter runs of them."""
 
 from __future__ import annotations
 

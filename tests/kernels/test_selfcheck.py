@@ -84,6 +84,13 @@ def test_a_home_that_cannot_be_written_to_costs_the_check_alone(checks, monkeypa
     assert selfcheck.failing("rms_norm", BACKEND, CPU) is None
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_it_checks_the_same_whatever_mode_a_model_is_built_in(mode):
+    plain = selfcheck.measure("attention", dispatch.TORCH.attention, "cpu", torch.float32)
+    with mode():
+        assert selfcheck.measure("attention", dispatch.TORCH.attention, "cpu", torch.float32) == plain
+
+
 def test_not_a_number_is_beyond_every_tolerance():
     assert Error(float("nan"), 0.0).beyond(Tolerance(1.0, 1.0)) is not None
     assert Error(0.0, float("nan")).beyond(Tolerance(1.0, 1.0)) is not None

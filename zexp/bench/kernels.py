@@ -6,7 +6,8 @@ rate of matrix products in that dtype and bytes over the measured rate of memory
 read or written once; both passes together are counted as three forward passes. FLOPs are those of the form with the fewest
 (chunks of 64 for the recurrences), whatever a kernel computes.
 
-What a training takes depends on execution.deterministic, true as it comes; a kernel that is not deterministic is timed all the same.
+What a training takes depends on execution.deterministic, true as it comes; a kernel that is not deterministic is timed all
+the same.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def _rows(
     rows: list[dict[str, Any]] = []
     taken = False
     for backend in (*select.BACKENDS[operation], None):
-        row: dict[str, Any] = {"operation": operation, "function": function, "backend": TORCH if backend is None else backend.name}
+        name = TORCH if backend is None else backend.name
+        row: dict[str, Any] = {"operation": operation, "function": function, "backend": name}
         row |= {"package": None if backend is None else backend.package, "version": _version(backend), "size": dict(size)}
         why, refuses = None, None
         if backend is not None:
@@ -202,8 +204,8 @@ def show(found: dict[str, Any]) -> None:
     about, rates = found["machine"], found["ceilings"]
     console = Console()
     console.print(
-        f"{about['device']}, torch {about['torch']}, {found['dtype']}: matrix products {rates['matmul_' + found['dtype']] / 1e12:.3g} "
-        f"TFLOP/s, memory {rates['memory'] / 1e9:.3g} GB/s",
+        f"{about['device']}, torch {about['torch']}, {found['dtype']}: matrix products "
+        f"{rates['matmul_' + found['dtype']] / 1e12:.3g} TFLOP/s, memory {rates['memory'] / 1e9:.3g} GB/s",
         highlight=False,
     )
     table = Table(box=None, pad_edge=False)

@@ -92,8 +92,8 @@ def without_init(package: str, extension: str) -> ModuleType | None:
 def adapter(operation: str, name: str) -> dict[str, Fused]:
     """The functions of an operation by the backend whose adapter has that name. Raises what importing its package raises.
 
-    Triton is told to keep on disk which configuration of a kernel was the fastest: else each process would time them again, and two
-    could take different ones, whose sums differ in the last bits.
+    Triton is told to keep on disk which configuration of a kernel was the fastest: else each process would time them
+    again, and two could take different ones, whose sums differ in the last bits.
     """
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     module = importlib.import_module(f"zexp.kernels.{operation}.fused_backend")

@@ -90,9 +90,9 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 class Defect:
     """What is known to be wrong with a package's kernels of some operations, and where.
 
-    issue: where it is reported. capability: compute capabilities, as "9." (all of 9.x) or "10.3"; None = all. versions: of packages,
-    as version specifiers; all must hold ("cuda": of torch's toolkit, which the kernels are built with). calls: what kind of call
-    it concerns, where the backend is otherwise sound: its adapter leaves those to torch, and nothing is excluded.
+    issue: where it is reported. capability: compute capabilities, as "9." (all of 9.x) or "10.3"; None = all. versions: of
+    packages, as version specifiers; all must hold ("cuda": of torch's toolkit, which the kernels are built with). calls: what
+    kind of call it concerns, where the backend is otherwise sound: its adapter leaves those to torch, and nothing is excluded.
     """
 
     package: str
@@ -130,7 +130,7 @@ DEFECTS: tuple[Defect, ...] = (
         package="flash-linear-attention",
         operations=("retention",),
         issue="fla-org/flash-linear-attention#640, #983",
-        what="retention calls the backward pass that is wrong on Hopper with this triton, with constant decays, which nothing guards",
+        what="its backward pass with gates is wrong on Hopper with this triton, and nothing guards that of constant decays",
         capability="9.",
         versions={"triton": ">=3.4,<3.7.1"},
     ),

@@ -1,7 +1,7 @@
 """Whether a backend computes on this device what the references say: values and gradients, on small and odd shapes.
 
-The reference reads the same rounded inputs and computes in fp32 on the CPU. An error is |difference| / |reference|, norms over all
-numbers of an array, the largest over the shapes.
+The reference reads the same rounded inputs and computes in fp32 on the CPU. An error is |difference| / |reference|, norms over
+all numbers of an array, the largest over the shapes.
 
 A pass is remembered, for the process and in a file a device and versions ($XDG_CACHE_HOME/zexp/kernels, or ~/.cache), so that
 a stage does not check again what the stage before it has checked; what fails is tried again each time.
@@ -119,12 +119,14 @@ def measure(
 ) -> Error | None:
     """The errors of a function over the shapes that it is checked with; None = it refuses all of them."""
     found: list[Error] = []
-    for number, size in enumerate(samples.CHECKED[name]):
-        one = samples.sample(name, size, seed=number)
-        given = one.given(device, dtype)
-        if refuses is not None and one.call(refuses, given, device) is not None:  # type: ignore[arg-type]
-            continue
-        found.append(compared(name, function, one, given, device))
+    # Whoever builds a model may be about to evaluate it, or under autocast: neither is the operation's business.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        for number, size in enumerate(samples.CHECKED[name]):
+            one = samples.sample(name, size, seed=number)
+            given = one.given(device, dtype)
+            if refuses is not None and one.call(refuses, given, device) is not None:  # type: ignore[arg-type]
+                continue
+            found.append(compared(name, function, one, given, device))
     return None if not found else Error(max(e.value for e in found), max(e.gradient for e in found))
 
 

@@ -10,7 +10,7 @@ from zexp.kernels.fused import Fused
 
 
 def liger_kernel() -> dict[str, Fused]:
-    """LigerFusedLinearCrossEntropyFunction. The gradient of the head is summed in fp32 and then rounded to the products' dtype."""
+    """LigerFusedLinearCrossEntropyFunction. The head's gradient is summed in fp32 and then rounded to the products' dtype."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     def run(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, softcap: float | None = None) -> Tensor:
