@@ -382,14 +382,17 @@ def peers(report: Report, device: torch.device, rates: Mapping[str, float]) -> N
 
 
 def side_by_side(peer: str, name: str, device: torch.device, rates: Mapping[str, float]) -> dict[str, Any]:
-    """Steps of both in turns. Raises what importing the peer raises."""
+    """Steps of both in turns; a peer that is not installed, or lacks what it needs, is not run."""
     model = architecture(name, MODELS["cuda"][name], device)
     seq_len = SEQ_LEN["cuda"]
     size = fitting(model, seq_len, device, SHARE / 2)
     if peer.startswith("mamba-ssm"):
         size = min(size, 4)  # it keeps all logits in fp32, and their gradient
     with _fresh(device, deterministic=False):
-        count, theirs = their_step(PEERS[peer][1], model, device, size, seq_len)
+        try:
+            count, theirs = their_step(PEERS[peer][1], model, device, size, seq_len)
+        except ImportError as error:  # flash-linear-attention's transformer, for one, insists on flash-attn
+            return {"not_run": str(error)}
         ours = stepper(model, device, size, seq_len, "auto")
         for _ in range(WARM_STEPS):
             theirs(), ours()
@@ -474,7 +477,8 @@ def summary(found: Mapping[str, Any]) -> None:
         memory_text = "" if ratio is None else f", memory {ratio:.2f} × the estimate"
         print(f"{name}: {step['tokens_per_second']:,.0f} tokens/s, MFU {shares}{memory_text}")
     for name, pair in found["parts"]["peers"].items():
-        print(f"{name}: " + (pair["error"].splitlines()[0] if "error" in pair else f"zexp {pair['zexp_over_peer']:.2f} ×"))
+        said = pair.get("error") or pair.get("not_run") or f"zexp {pair['zexp_over_peer']:.2f} ×"
+        print(f"{name}: {said.splitlines()[0]}")
     for text in (*found["skipped"], *found["not_measured"]):
         print(f"Not measured: {text}")
 

@@ -75,3 +75,12 @@ def test_on_a_cpu_it_runs_to_its_end_and_says_what_that_is_worth(gpu, monkeypatc
     found = json.loads(out.read_text())
     assert found["ran_to_its_end"] and "nothing about a GPU" in found["note"]
     assert any("peers" in text for text in found["not_measured"]) and "Not measured: peers" in capsys.readouterr().out
+
+
+def test_a_peer_that_does_not_import_is_not_run_and_no_failure(gpu, monkeypatch):
+    def absent(arch, vocab):
+        raise ImportError("No module named 'fla'")
+
+    monkeypatch.setitem(gpu.PEERS, "absent", (("mamba2_130m",), absent))
+    monkeypatch.setattr(gpu, "fitting", lambda *of: 1)
+    assert gpu.side_by_side("absent", "mamba2_130m", CPU, {}) == {"not_run": "No module named 'fla'"}
