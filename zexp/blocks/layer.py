@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zexp.blocks.cache import Cache
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
+from zexp.kernels.dispatch import TORCH, Kernels
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class BlockLayer(nn.Module, ABC):
 
     # This module's own parameters that weight decay applies to, besides the weights of nn.Linear.
     DECAYED: ClassVar[tuple[str, ...]] = ()
+
+    # What forward calls; of a built model, those of its device.
+    kernels: Kernels = TORCH
 
     @abstractmethod
     def initialise(self, draw: Draw) -> None:

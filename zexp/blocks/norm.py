@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zexp.blocks.init import Draw
-from zexp.kernels.rms_norm.torch_backend import rms_norm
+from zexp.kernels.dispatch import TORCH, Kernels
 
 
 class RmsNorm(nn.Module):
     """RMSNorm over the last dimension with a weight per channel."""
+
+    kernels: Kernels = TORCH
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -22,7 +24,7 @@ class RmsNorm(nn.Module):
         draw.constant(self.weight, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Made = TypeVar("Made")
@@ -44,3 +45,31 @@ class Documents:
         if not missing:
             return self.ids_BT
         return torch.cat((self.ids_BT, self.ids_BT[:, -1:].expand(-1, missing)), dim=1)
+
+    def positions(self) -> Tensor:
+        """Each position's document, counted from 0 in its row: (B, T) int32, whatever the ids are (fused kernels' seq_idx)."""
+
+        def make() -> Tensor:
+            starts_BT = F.pad((self.ids_BT[:, 1:] != self.ids_BT[:, :-1]).int(), (1, 0))
+            return starts_BT.cumsum(1, dtype=torch.int32)
+
+        return self.once("positions", make)
+
+    def starts(self) -> Tensor:
+        """Whether a position is the first of a document other than its row's first: (B, T) bool."""
+        return self.once("starts", lambda: F.pad(self.ids_BT[:, 1:] != self.ids_BT[:, :-1], (1, 0)))
+
+    def ends(self) -> tuple[Tensor, int]:
+        """Of all rows one after the other: 0 and the position after each document, int32, and the longest one's length.
+
+        Waits for the device, once a batch.
+        """
+
+        def make() -> tuple[Tensor, int]:
+            first_BT = self.starts().clone()
+            first_BT[:, 0] = True
+            positions = first_BT.flatten().nonzero().flatten()
+            ends = F.pad(positions, (0, 1), value=first_BT.numel()).int()
+            return ends, int(ends.diff().max())
+
+        return self.once("ends", make)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zexp.blocks.resolve import numerics
-from zexp.kernels import select
+from zexp.kernels import dispatch, select
 from zexp.model.language_model import LanguageModel
 
 
@@ -19,12 +19,15 @@ def build(
     """The model in fp32 on `device`.
 
     seed: weights are drawn on the CPU from a generator of their own, so they depend on the seed and the model alone;
-    None leaves them undefined, for a state to be loaded into. kernels: auto, torch or fused.
+    None leaves them undefined, for a state to be loaded into. kernels: auto, torch or fused; a GPU's are checked first, once.
     Raises ConfigError for kernels that cannot be had.
     """
-    select.backends(kernels, select.operations_of(numerics(model)))
+    operations = select.operations_of(numerics(model))
+    choices = dispatch.chosen(kernels, operations, device, deterministic=torch.are_deterministic_algorithms_enabled())
+    dispatch.say(choices)
     with torch.device("meta"):
         built = LanguageModel(model)
+    dispatch.use(built, dispatch.kernels_of(choices))
     if seed is None:
         return built if torch.device(device).type == "meta" else built.to_empty(device=device)
     built.to_empty(device="cpu")

@@ -20,7 +20,7 @@ from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.norm import norm
 from zexp.blocks.resolve import Stack, specs_of, stack_of
 from zexp.blocks.table import layer_module
-from zexp.kernels.cross_entropy.torch_backend import linear_cross_entropy
+from zexp.kernels.dispatch import TORCH, Kernels
 from zexp.kernels.documents import Documents
 
 
@@ -118,6 +118,8 @@ def _places(layers: Sequence[str]) -> list[dict[str, Place]]:
 
 class LanguageModel(nn.Module):
     """Token ids to hidden states, logits and loss. `model` is the semantic block of resolve_model."""
+
+    kernels: Kernels = TORCH
 
     def __init__(self, model: Mapping[str, Any]):
         super().__init__()
@@ -220,7 +222,7 @@ class LanguageModel(nn.Module):
 
         Logits exist for a slice of tokens at a time and are not kept for the backward pass.
         """
-        return linear_cross_entropy(
+        return self.kernels.linear_cross_entropy(
             hidden_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten(), softcap=self.softcap
         )
 

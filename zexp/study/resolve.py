@@ -167,7 +167,8 @@ class Resolver:
         packing_ids = {name: packings[name].id if name in packings else name for name in sources}
         tokenizer_id = data[0].id if data is not None else ""
         if model is not None:
-            self._collect(problems, lambda: select.backends(run.kernels.backend, select.operations_of(model_numerics)))
+            operations = select.operations_of(model_numerics)
+            self._collect(problems, lambda: select.check(run.kernels.backend, operations, run.execution.device))
         chain = self._collect(
             problems,
             lambda: phases.compile_chain(

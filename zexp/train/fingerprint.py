@@ -6,13 +6,13 @@ which stretches of its tokens were trained under which fingerprint, its ancestor
 
 import functools
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from zexp.blocks.resolve import numerics
-from zexp.kernels import select
+from zexp.kernels import dispatch, select
+from zexp.kernels.select import Choice
 from zexp.store.ids import semantic_id, short
 from zexp.store.provenance import cpu_model
 from zexp.train.optimizer import IMPLEMENTATION
@@ -20,14 +20,14 @@ from zexp.train.optimizer import IMPLEMENTATION
 
 def fingerprint(model: Mapping[str, Any], request: Mapping[str, Any], device: str) -> dict[str, Any]:
     """model: the semantic block; request: micro_batch, threads, ranks, kernels, deterministic; device: cpu or cuda."""
-    backends = select.backends(request["kernels"], select.operations_of(numerics(model)))
-    packages = {select.FUSED[name][1] for name, backend in backends.items() if backend == "fused"}
+    operations = select.operations_of(numerics(model))
+    choices = dispatch.chosen(request["kernels"], operations, device, deterministic=request["deterministic"])
     return {
         "device": device_model(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": str(torch.__version__),
-        "backends": backends,
-        "packages": {name: metadata.version(name) for name in sorted(packages)},
+        "backends": {operation: choice.name for operation, choice in choices.items()},
+        "packages": _packages(choices),
         "threads": request["threads"],
         "micro_batch": request["micro_batch"],
         "layout": _layout(request["ranks"]),
@@ -39,6 +39,15 @@ def fingerprint(model: Mapping[str, Any], request: Mapping[str, Any], device: st
 def name_of(details: Mapping[str, Any]) -> str:
     """16 hex digits."""
     return short(semantic_id(dict(details)))
+
+
+def _packages(choices: Mapping[str, Choice]) -> dict[str, str | None]:
+    """Versions of what carries the fused kernels that were chosen, and of triton, which compiles most of them."""
+    fused = [choice.backend for choice in choices.values() if choice.backend is not None]
+    names = {backend.package for backend in fused if backend.package is not None}
+    if names:
+        names.add("triton")
+    return {name: select.version(name) for name in sorted(names)}
 
 
 def _layout(ranks: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ class Layer(BlockLayer):
         q, k, v, gate = self._projections(x_BTD, start=0)
         if self.spec.rope_theta is not None and not self.spec.qk_norm:
             v = v.contiguous()  # as a view it would keep the unturned q and k for the backward pass
-        mixed = attention(q, k, v, scale=self.scale, window=self.spec.seen, documents=context.documents)
+        mixed = self.kernels.attention(q, k, v, scale=self.scale, window=self.spec.seen, documents=context.documents)
         return self._out(mixed, gate)
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:

@@ -15,8 +15,8 @@ from zexp.blocks.context import Context
 from zexp.blocks.gated_deltanet.spec import Spec
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
-from zexp.kernels.gated_delta.torch_backend import gated_delta, gated_delta_continue
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
+from zexp.kernels.gated_delta.torch_backend import gated_delta_continue
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.precision import at_least_fp32
 
@@ -56,9 +56,10 @@ class Layer(BlockLayer):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         qkv_BTC, z_BTI, a_BTH, b_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
-        qkv_BTC = causal_conv1d(qkv_BTC, self.conv_weight, None, context.documents)
+        qkv_BTC = self.kernels.causal_conv1d(qkv_BTC, self.conv_weight, None, context.documents)
         inputs = self._mixed(qkv_BTC, a_BTH, b_BTH)
-        return self._out(gated_delta(*inputs, chunk=self.spec.chunk, documents=context.documents), z_BTI)
+        y_BTHP = self.kernels.gated_delta(*inputs, chunk=self.spec.chunk, documents=context.documents)
+        return self._out(y_BTHP, z_BTI)
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:
         return Recurrent(

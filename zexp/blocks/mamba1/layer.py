@@ -18,9 +18,9 @@ from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.mamba1.spec import Spec
 from zexp.blocks.norm import RmsNorm
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
 from zexp.kernels.precision import at_least_fp32
-from zexp.kernels.selective_scan.torch_backend import selective_scan, selective_scan_continue
+from zexp.kernels.selective_scan.torch_backend import selective_scan_continue
 
 
 class Layer(BlockLayer):
@@ -62,9 +62,10 @@ class Layer(BlockLayer):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTI, z_BTI = self.in_proj(x_BTD).chunk(2, dim=-1)
-        x_BTI = causal_conv1d(x_BTI, self.conv_weight, self.conv_bias, context.documents)
+        x_BTI = self.kernels.causal_conv1d(x_BTI, self.conv_weight, self.conv_bias, context.documents)
         dt_BTI, b_BTHN, c_BTHN = self._selected(x_BTI)
-        y_BTI = selective_scan(x_BTI, dt_BTI, self._rates(), b_BTHN, c_BTHN, self.D, documents=context.documents)
+        inputs = (x_BTI, dt_BTI, self._rates(), b_BTHN, c_BTHN, self.D)
+        y_BTI = self.kernels.selective_scan(*inputs, documents=context.documents)
         return self.out_proj(y_BTI * F.silu(z_BTI))
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:

@@ -14,10 +14,9 @@ from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.mamba2.spec import Spec
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
-from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
 from zexp.kernels.precision import at_least_fp32
-from zexp.kernels.ssd.torch_backend import ssd, ssd_continue
+from zexp.kernels.ssd.torch_backend import ssd_continue
 
 # Initial range of the published models (state-spaces/mamba, modules/mamba2.py).
 DECAY_RANGE = (1.0, 16.0)  # of -A, uniform
@@ -55,9 +54,9 @@ class Layer(BlockLayer):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         z_BTI, mixed_BTC, dt_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
-        mixed_BTC = causal_conv1d(mixed_BTC, self.conv_weight, self.conv_bias, context.documents)
+        mixed_BTC = self.kernels.causal_conv1d(mixed_BTC, self.conv_weight, self.conv_bias, context.documents)
         inputs = self._scanned(mixed_BTC, dt_BTH)
-        y_BTHP = ssd(*inputs, chunk=self.spec.chunk, documents=context.documents)
+        y_BTHP = self.kernels.ssd(*inputs, chunk=self.spec.chunk, documents=context.documents)
         return self._out(y_BTHP, z_BTI)
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:
@@ -94,5 +93,5 @@ class Layer(BlockLayer):
         )
 
     def _out(self, y_BTHP: Tensor, z_BTI: Tensor) -> Tensor:
-        norm = norm_gated if self.spec.norm_before_gate else gated_norm
+        norm = self.kernels.norm_gated if self.spec.norm_before_gate else self.kernels.gated_norm
         return self.out_proj(norm(y_BTHP.flatten(2), z_BTI, self.norm_weight, self.eps, self.spec.groups))

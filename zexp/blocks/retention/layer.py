@@ -15,7 +15,7 @@ from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.retention.spec import Spec
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.precision import at_least_fp32
-from zexp.kernels.retention.torch_backend import retention, retention_continue
+from zexp.kernels.retention.torch_backend import retention_continue
 from zexp.kernels.rotary.torch_backend import rotary
 
 IN_GAIN = 2.0**-2.5  # of Xavier's range, for the matrices that read the stream (microsoft/torchscale, RetNet)
@@ -52,7 +52,8 @@ class Layer(BlockLayer):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         q, k, v, gate = self._projections(x_BTD, start=0)
-        return self._out(retention(q, k, v, self.spec.log_decays, documents=context.documents, **self.retains), gate)
+        mixed = self.kernels.retention(q, k, v, self.spec.log_decays, documents=context.documents, **self.retains)
+        return self._out(mixed, gate)
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:
         heads, (width, _, inner, _) = self.spec.heads, self.splits

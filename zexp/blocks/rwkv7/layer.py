@@ -17,7 +17,7 @@ from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.rwkv7_keys.torch_backend import rwkv7_keys
 from zexp.kernels.rwkv7_out.torch_backend import rwkv7_out
 from zexp.kernels.token_shift.torch_backend import token_shift, token_shift_continue
-from zexp.kernels.wkv7.torch_backend import log_decay, wkv7, wkv7_continue
+from zexp.kernels.wkv7.torch_backend import log_decay, wkv7_continue
 
 FIRST_VALUES = "rwkv7.first_values"  # the note that the first layer leaves: its values, (B, T, D)
 NORM_EPS = 1e-5  # times N: the heads' norm (64e-5 in the published models)
@@ -107,7 +107,7 @@ class Layer(BlockLayer):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         scanned, g_BTHN = self._scanned(token_shift(x_BTD, self.mix, context.documents), context)
-        return self._out(wkv7(*scanned, documents=context.documents), scanned, g_BTHN)
+        return self._out(self.kernels.wkv7(*scanned, documents=context.documents), scanned, g_BTHN)
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:
         heads, size = self.k_k.shape

@@ -15,6 +15,7 @@ from zexp.blocks.norm import RmsNorm
 from zexp.blocks.shared.spec import Spec
 from zexp.kernels.activation.torch_backend import gated
 from zexp.kernels.attention.torch_backend import attention
+from zexp.kernels.dispatch import TORCH, Kernels
 from zexp.kernels.rotary.torch_backend import rotary
 
 
@@ -62,6 +63,8 @@ class Shared(nn.Module):
     (Zamba2, arXiv:2411.15242; `transformers` modeling_zamba2).
     """
 
+    kernels: Kernels = TORCH
+
     def __init__(self, spec: Spec, width: int, eps: float):
         super().__init__()
         self.spec = spec
@@ -86,7 +89,8 @@ class Shared(nn.Module):
         q, k, v = self._projections(hidden_BTD, embedded_BTD, call, start=0)
         if self.spec.rope_theta is not None:
             v = v.contiguous()  # as a view it would keep the unturned q and k for the backward pass
-        return self._out(attention(q, k, v, scale=self.scale, documents=context.documents), call)
+        mixed = self.kernels.attention(q, k, v, scale=self.scale, documents=context.documents)
+        return self._out(mixed, call)
 
     def new_cache(self) -> KeyValues:
         """The memory of one call; every call has its own."""

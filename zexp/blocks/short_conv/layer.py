@@ -10,7 +10,7 @@ from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.short_conv.spec import Spec
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
 
 
 class Layer(BlockLayer):
@@ -32,7 +32,7 @@ class Layer(BlockLayer):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         b, c, x = self.in_proj(x_BTD).chunk(3, dim=-1)
-        y = causal_conv1d(b * x, self.conv_weight, self.conv_bias, context.documents, silu=False)
+        y = self.kernels.causal_conv1d(b * x, self.conv_weight, self.conv_bias, context.documents, silu=False)
         return self.out_proj(c * y)
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:

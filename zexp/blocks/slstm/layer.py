@@ -13,7 +13,7 @@ from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.slstm.spec import Spec
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.slstm.torch_backend import FORGET, State, slstm, slstm_continue
@@ -59,7 +59,7 @@ class Layer(BlockLayer):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         filtered_BTD = x_BTD
         if self.spec.conv_width is not None:
-            filtered_BTD = causal_conv1d(x_BTD, self.conv_weight, self.conv_bias, context.documents)
+            filtered_BTD = self.kernels.causal_conv1d(x_BTD, self.conv_weight, self.conv_bias, context.documents)
         return self._out(slstm(self._gates(x_BTD, filtered_BTD), self.recurrent_weight, context.documents))
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:
