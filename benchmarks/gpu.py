@@ -197,7 +197,7 @@ def fitting(model: Mapping[str, Any], seq_len: int, device: torch.device, share:
 
 
 def estimate(model: Mapping[str, Any], seq_len: int, micro_batch: int) -> memory.Training:
-    return memory.training(model, Layout(), seq_len=seq_len, micro_batch=micro_batch, precision="bf16", document_mask=False)
+    return memory.training(model, Layout(), seq_len=seq_len, micro_batch=micro_batch, precision="bf16")
 
 
 def stepper(model: Mapping[str, Any], device: torch.device, micro_batch: int, seq_len: int, choice: str) -> Callable[[], float]:

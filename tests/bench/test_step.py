@@ -48,7 +48,7 @@ def test_the_estimate_is_that_of_the_plan(ceilings, capsys):
     config = ("arch=transformer_tiny", "precision=bf16", "execution.micro_batch=2")
     (one,) = answer_of(step, options_of(config=config), capsys)["steps"]
     work = step.work_of(options_of(config=config).composed[0], options_of())
-    expected = memory.training(work.model, Layout(), seq_len=32, micro_batch=2, precision="bf16", document_mask=True)
+    expected = memory.training(work.model, Layout(), seq_len=32, micro_batch=2, precision="bf16")
     assert one["memory"]["estimate"] == expected.to_json()
     assert one["memory"]["measured_over_estimate"] == pytest.approx(one["memory"]["measured_bytes"] / expected.total)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zexp.kernels.attention.torch_backend import attention
+from zexp.kernels.attention.torch_backend import attention_by_torch as attention
 from zexp.kernels.chunks import chunk_masks, masks_of_each_chunk
 from zexp.kernels.documents import Documents
 from zexp.kernels.gated_delta.torch_backend import gated_delta

@@ -13,7 +13,7 @@ from zexp.kernels.activation import reference as activation_reference
 from zexp.kernels.activation.names import GATED, PLAIN
 from zexp.kernels.activation.torch_backend import mlp_activation
 from zexp.kernels.attention import reference as attention_reference
-from zexp.kernels.attention.torch_backend import attention
+from zexp.kernels.attention.torch_backend import attention, attention_by_torch
 from zexp.kernels.causal_conv1d import reference as conv_reference
 from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
 from zexp.kernels.cross_entropy import reference as loss_reference
@@ -110,12 +110,16 @@ def test_norm_before_the_gate(groups):
     assert_same(lambda y, z, w: norm_gated(y, z, w, 1e-5, groups), truth, drawn((2, 3, 8), (2, 3, 8), (8,)))
 
 
+both_ways = pytest.mark.parametrize("on", [attention, attention_by_torch], ids=["in tiles", "by torch"])
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4], ids="G{}".format)
-def test_attention(kv_heads, packed):
+@both_ways
+def test_attention(kv_heads, packed, on):
     ids = IDS if packed else None
     assert_same(
-        lambda q, k, v: attention(q, k, v, scale=0.4, documents=None if ids is None else Documents(ids)),
+        lambda q, k, v: on(q, k, v, scale=0.4, documents=None if ids is None else Documents(ids)),
         lambda q, k, v: attention_reference.attention(q, k, v, scale=0.4, documents_BT=ids),
         drawn((2, 9, 4, 6), (2, 9, kv_heads, 6), (2, 9, kv_heads, 6)),
     )
@@ -124,10 +128,11 @@ def test_attention(kv_heads, packed):
 # Windows of a row of 9: those below 4.5 run in blocks; 4 and 2 leave a block that is not full.
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 9, 20], ids="W{}".format)
-def test_attention_to_a_window(window, packed):
+@both_ways
+def test_attention_to_a_window(window, packed, on):
     ids = IDS if packed else None
     assert_same(
-        lambda q, k, v: attention(q, k, v, scale=0.4, window=window, documents=None if ids is None else Documents(ids)),
+        lambda q, k, v: on(q, k, v, scale=0.4, window=window, documents=None if ids is None else Documents(ids)),
         lambda q, k, v: attention_reference.attention(q, k, v, scale=0.4, window=window, documents_BT=ids),
         drawn((2, 9, 4, 6), (2, 9, 2, 6), (2, 9, 2, 6)),
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from zexp.train.machine import give_back_memory
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -24,6 +26,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self._base = torch.cuda.memory_allocated()
             return
+        give_back_memory()
         self._resets = _reset()
         self.how = "resident memory of the process above what it had before the model"
         if not self._resets:

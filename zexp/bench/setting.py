@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from zexp.config.errors import ConfigError
+from zexp.train.machine import settled
 
 
 def device_of(said: str | None) -> str:
@@ -23,16 +23,6 @@ def device_of(said: str | None) -> str:
 
 @contextmanager
 def setting(threads: int | None, *, deterministic: bool = False) -> Iterator[None]:
-    """threads: of torch on the CPU, None = as they are. What was set before comes back."""
-    threads_before = torch.get_num_threads()
-    deterministic_before = torch.are_deterministic_algorithms_enabled()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
-    torch.use_deterministic_algorithms(deterministic)
-    try:
+    """As a training sets its process. threads: of torch on the CPU, None = as they are. What was set before comes back."""
+    with settled(torch.get_num_threads() if threads is None else threads, deterministic):
         yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic_before)
-        torch.set_num_threads(threads_before)

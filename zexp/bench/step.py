@@ -60,7 +60,7 @@ class Work:
         """What `zexp plan` reckons that the training takes."""
         return memory.training(
             self.model, layout_of(self.run), seq_len=self.run.seq_len, micro_batch=self.run.execution.micro_batch,
-            precision=self.run.precision, document_mask=self.run.corpus.packing.document_mask,
+            precision=self.run.precision,
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:

@@ -41,8 +41,22 @@ def settled(threads: int, deterministic: bool) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed: by default glibc gives arrays of 128 KB and more back to the system at once, and the
     next one is filled with fresh pages, at 5 to 15 % of a step on a CPU. Does nothing where the C library is another one."""
-    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    libc.mallopt(_MMAP_THRESHOLD, _MOST)
-    libc.mallopt(_TRIM_THRESHOLD, _MOST)
-    libc.mallopt(_TOP_PAD, _AHEAD)
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_MMAP_THRESHOLD, _MOST)
+        libc.mallopt(_TRIM_THRESHOLD, _MOST)
+        libc.mallopt(_TOP_PAD, _AHEAD)
+
+
+def give_back_memory() -> None:
+    """Give what was freed and kept so far back to the system, where the C library can: what is resident then is in use."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -31,11 +31,26 @@ def attention(
     Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. (1); grouped as in arXiv:2305.13245; windowed as in
     Mistral 7B (arXiv:2310.06825), section 2.
     """
+    if window is not None and window >= k_BSGP.shape[1]:
+        window = None
+    if q_BTHP.device.type == "cpu" and 1 < q_BTHP.shape[1] == k_BSGP.shape[1]:
+        return attention_in_tiles(q_BTHP, k_BSGP, v_BSGP, scale, window, documents)
+    return attention_by_torch(q_BTHP, k_BSGP, v_BSGP, scale=scale, window=window, documents=documents)
+
+
+def attention_by_torch(
+    q_BTHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    documents: Documents | None = None,
+) -> Tensor:
+    """The same on scaled_dot_product_attention, on any device."""
     queries, keys = q_BTHP.shape[1], k_BSGP.shape[1]
     if window is not None and window >= keys:
         window = None
-    if q_BTHP.device.type == "cpu" and 1 < queries == keys:
-        return attention_in_tiles(q_BTHP, k_BSGP, v_BSGP, scale, window, documents)
     if window is not None and queries == keys and 2 * window < queries:
         return _in_blocks(q_BTHP, k_BSGP, v_BSGP, scale, window, documents)
     if documents is not None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from zexp.kernels.chunks import heads, masks_of_each_chunk, parts
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
+from zexp.kernels.running_sum import running_sum
 
 
 def mlstm(
@@ -138,7 +139,7 @@ def _weights(
     m_BH11: Tensor,
 ) -> _Weights:
     log_BHQ1 = heads(log_forget_BTH[..., None], at)
-    b_BHQ1 = log_BHQ1.cumsum(2)
+    b_BHQ1 = running_sum(log_BHQ1, 2)
     a_BHQ1 = heads(input_BTH[..., None], at) - b_BHQ1
     if documents is None:
         most_BHQ1 = torch.maximum(a_BHQ1.cummax(2).values, m_BH11)
@@ -293,7 +294,7 @@ class _Mlstm(torch.autograd.Function):
             dinput = (dk * k).sum(-1, keepdim=True)
             db_BHQ = (drow - dinput)[..., 0]
             db_BHQ[..., -1] += dend
-            dlog_BTH[:, at] = db_BHQ.flip(2).cumsum(2).flip(2).transpose(1, 2)
+            dlog_BTH[:, at] = running_sum(db_BHQ, 2, reverse=True).transpose(1, 2)
             dinput_BTH[:, at] = dinput[..., 0].transpose(1, 2)
             for whole, own in ((dq_BTHN, dq), (dk_BTHN, dk), (dv_BTHP, dv)):
                 whole[:, at] = own.transpose(1, 2)

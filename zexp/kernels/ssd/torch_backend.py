@@ -28,6 +28,7 @@ from torch import Tensor
 from zexp.kernels.chunks import ChunkMasks, chunk_masks
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
+from zexp.kernels.running_sum import running_sum
 
 BUFFER_ELEMENTS = 1 << 18  # of a Q × Q buffer: 1 MB in fp32; smaller ones pay more in calls than they save in cache
 DECAY_BLOCK = 16
@@ -135,7 +136,7 @@ def _scan(
     x_MQHP, dt_MQH, b_MQGN, c_MQGN = (
         tensor.reshape(batch * chunks, chunk, *tensor.shape[2:]) for tensor in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)
     )
-    cum_MQH = (dt_MQH * a_H).cumsum(1)
+    cum_MQH = running_sum(dt_MQH * a_H, 1)
     entry_MQH = cum_MQH.exp()
     exit_MQH = (cum_MQH[:, -1:] - cum_MQH).exp_()
     carry_BCH = entry_MQH[:, -1].unflatten(0, (batch, chunks))
@@ -237,7 +238,7 @@ class _Ssd(torch.autograd.Function):
         dy_x = (dy * x).sum(-1)
         dcum = (dy * y).sum(-1) - dy_x * d_H - dwritten_x * dt
         dcum[:, -1] += dend_BCH.flatten(0, 1)
-        dlog = dcum.flip(1).cumsum(1).flip(1)
+        dlog = running_sum(dcum, 1, reverse=True)
         dx = dwritten.mul_(dt[..., None]).addcmul_(dy, d_H[:, None])
         ddt = dwritten_x + dlog * a_H
         return (

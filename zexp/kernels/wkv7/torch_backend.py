@@ -31,6 +31,7 @@ from torch import Tensor
 from zexp.kernels.chunks import chunk_masks
 from zexp.kernels.documents import Documents
 from zexp.kernels.precision import at_least_fp32
+from zexp.kernels.running_sum import running_sum
 from zexp.kernels.wkv7.chunk import CHUNK
 
 FASTEST = math.exp(-0.5)  # the largest decay of a position, in nats: 0.607
@@ -171,7 +172,7 @@ def _chunks(inputs: list[Tensor], masks: _Masks) -> _Chunks:
     """inputs: r, w, k, v, kappa, a, each (C, B, H, Q, N)."""
     r, w, k, _, kappa, a = inputs
     size = r.shape[3]
-    grown = w.cumsum(3).exp_()
+    grown = running_sum(w, 3).exp_()
     before = torch.cat((torch.ones_like(grown[..., :1, :]), grown[..., :-1, :]), dim=3)
     shrunk = grown.reciprocal()
     reads = torch.cat((kappa * before.neg(), r * grown), dim=3)
@@ -327,7 +328,7 @@ def _part_backward(
     leaving = torch.cat((states[1:], after[None]))
     dnow[..., -1, :] += (leaving * dleaving).sum(-1)
     dnow[..., :-1, :] += dbefore[..., 1:, :]  # exp(g_{t-1}) is a read of position t; the first one's is 1
-    dw = dnow.flip(3).cumsum(3).flip(3)
+    dw = running_sum(dnow, 3, reverse=True)
 
     dremoval, doutput = dreads.split(size, dim=3)
     db, dk = (dwrites * one.shrunk.repeat(1, 1, 1, 2, 1)).split(size, dim=3)
