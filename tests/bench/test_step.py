@@ -123,6 +123,7 @@ def test_the_peak_is_of_what_was_there_at_once():
     """In a process of its own: one that has trained keeps what it frees, and it stays resident."""
     script = """
 import torch
+from zexp.bench.peak import Peak
 peak = Peak("cpu")
 one = torch.ones(8_000_000)  # 32 MB, touched
 del one
