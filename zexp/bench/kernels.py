@@ -209,23 +209,37 @@ def show(found: dict[str, Any]) -> None:
         highlight=False,
     )
     table = Table(box=None, pad_edge=False)
-    for column in ("operation", "backend", "installed", "error", "forward ms", "of ceiling", "+ backward", "of ceiling", "taken"):
-        table.add_column(column, justify="left" if column in ("operation", "backend", "installed", "taken") else "right")
+    for column in ("operation", "backend", "error", "fwd ms", "share", "+ bwd", "share"):
+        table.add_column(column, justify="left" if column in ("operation", "backend") else "right", no_wrap=True)
     for row in found["rows"]:
         error = row.get("error")
+        if not row["taken"] and error is None:
+            continue
         table.add_row(
             row["function"],
-            row["backend"],
-            row["version"] or "no",
+            " ".join(filter(None, (_named(row), "" if row["taken"] else "(not taken)"))),
             "" if error is None else f"{error['value']:.0e} / {error['gradient']:.0e}",
             *_cells(row.get("forward")),
             *_cells(row.get("forward_backward")),
-            "yes" if row["taken"] else f"no: {row['why_not']}",
         )
     console.print(table)
-    console.print("Errors are of values / of gradients, relative to the fp32 reference; times are the best of several.")
+    console.print(
+        "Errors are of values / of gradients, relative to the fp32 reference; times are the best of several, shares of the ceiling."
+    )
+    refused: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        if not row["taken"]:
+            absent = "" if row["version"] else ", not installed"
+            refused.setdefault(f"{row['backend']}{absent}: {row['why_not']}", []).append(row["function"])
+    for why, functions in refused.items():
+        console.print(f"Not taken for {', '.join(functions)}: {why}.", highlight=False)
     for text in found["not_measured"]:
         console.print(f"Not measured here: {text}.", highlight=False)
+
+
+def _named(row: dict[str, Any]) -> str:
+    """A backend with its package's version; torch's stands above the table."""
+    return row["backend"] if row["backend"] == "torch" else f"{row['backend']} {row['version'] or ''}".strip()
 
 
 def _cells(time: dict[str, Any] | None) -> tuple[str, str]:
