@@ -46,16 +46,7 @@ def in_turns(
 ) -> dict[str, Timing]:
     """The same of several, one repeat each in turns and every other round in reverse, so that other work on the machine hits all
     of them alike. seconds: of all repeats of all of them. Raises what the work raises."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
-        once(work, device)
-    end = time.monotonic() + seconds
-    for turn in range(most):
-        if turn >= least and time.monotonic() > end:
-            break
-        for name in works if turn % 2 == 0 else reversed(list(works)):
-            found[name].append(once(works[name], device))
-    return {name: Timing(tuple(values)) for name, values in found.items()}
+    return _rounds(works, device, seconds, least, most, back_and_forth=True)
 
 
 def in_order(
@@ -67,6 +58,19 @@ def in_order(
     most: int = 50,
 ) -> dict[str, Timing]:
     """The same of pieces that follow one another, as a backward pass its forward pass: every round in the order of `works`."""
+    return _rounds(works, device, seconds, least, most, back_and_forth=False)
+
+
+def _rounds(
+    works: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    seconds: float,
+    least: int,
+    most: int,
+    *,
+    back_and_forth: bool,
+) -> dict[str, Timing]:
+    """back_and_forth: every other round in reverse."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         once(work, device)
@@ -74,8 +78,8 @@ def in_order(
     for turn in range(most):
         if turn >= least and time.monotonic() > end:
             break
-        for name, work in works.items():
-            found[name].append(once(work, device))
+        for name in reversed(list(works)) if back_and_forth and turn % 2 else works:
+            found[name].append(once(works[name], device))
     return {name: Timing(tuple(values)) for name, values in found.items()}
 
 

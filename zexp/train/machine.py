@@ -26,7 +26,7 @@ def settled(threads: int, deterministic: bool) -> Iterator[None]:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
     torch.use_deterministic_algorithms(deterministic)
-    # With deterministic algorithms torch fills whatever is allocated empty, at 5 % of a step: no operation here reads it
+    # With deterministic algorithms torch fills whatever is allocated empty, at some per cent of a step: no operation here reads it
     # before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     keep_freed_memory()

@@ -84,14 +84,14 @@ def jobs_of(store: Store, studies: Iterable[str]) -> tuple[dict[str, dict[str, S
 
 def _forgotten(sent: Iterable[tuple[Iterable[str], Mapping[str, Queued]]], queued: Mapping[str, Queued]) -> dict[str, Queued]:
     """What the accounting says of jobs that are neither in squeue's answer nor noted. sent: the jobs of submissions, their notes."""
-    lost = [id for jobs, notes in sent for id in jobs if id not in notes and id not in cluster.about(jobs, queued)]
+    lost = [id for jobs, notes in sent for id in set(jobs) - notes.keys() - cluster.about(jobs, queued).keys()]
     return (cluster.ended(lost) or {}) if lost else {}
 
 
 def live_jobs(one: Submission, queued: Mapping[str, Queued]) -> dict[str, list[str]]:
     """Job id -> the ids of its stages, of the jobs that wait or run as an answer of cluster.queue() says."""
-    said = cluster.about(one.jobs(), queued)
-    return {id: stages for id, stages in one.jobs().items() if id in said and not said[id].over}
+    jobs = one.jobs()
+    return {id: jobs[id] for id, job in cluster.about(jobs, queued).items() if not job.over}
 
 
 def note(one: Submission, jobs: Mapping[str, Queued]) -> None:
