@@ -38,7 +38,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from zexp.bench import kernels, machine
+from zexp.bench import kernels, machine, setting
 from zexp.bench.timing import Timing, in_turns, synchronize
 from zexp.blocks.resolve import numerics, resolve_model
 from zexp.calc import memory
@@ -437,7 +437,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--out", type=Path, default=None, help="benchmarks/results/gpu.json, or gpu_on_cpu.json")
     options = parser.parse_args()
-    device = kernels.device_of(options.device)
+    device = torch.device(setting.device_of(options.device))
     out = options.out or RESULTS / ("gpu.json" if device.type == "cuda" else "gpu_on_cpu.json")
     report = Report(out, device, options.minutes)
     if device.type == "cpu":

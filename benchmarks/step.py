@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -320,24 +319,6 @@ def ratios(name: str, results: list[dict[str, Any]], flops: float) -> dict[str, 
     }
 
 
-def matmul_rates(threads: int) -> dict[str, float]:
-    """FLOP/s of the best torch.mm of square matrices, by precision."""
-    import torch
-
-    torch.set_num_threads(threads)
-    found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        best = 0.0
-        for size in (512, 1024, 2048):
-            left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-            for _ in range(8):
-                began = time.perf_counter()
-                torch.mm(left, right)
-                best = max(best, 2 * size**3 / (time.perf_counter() - began))
-        found[name] = best
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout (progress goes to stderr)")
@@ -359,16 +340,14 @@ def main() -> None:
     import torch
     import transformers
 
-    from zexp.store.provenance import provenance
+    from zexp.bench import machine
 
+    torch.set_num_threads(options.threads)
+    rates = {name: machine.matmul_flops_per_second("cpu", dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     facts: dict[str, Any] = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
+        "machine": machine.facts("cpu"),
         "transformers": transformers.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "machine": provenance(),
-        "threads": options.threads,
-        "matmul_flops_per_second": matmul_rates(options.threads),
+        "matmul_flops_per_second": rates,
         "models": [],
     }
     ceiling = facts["matmul_flops_per_second"]["bf16"]

@@ -96,7 +96,7 @@ def test_bad_input(options, says):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="torch finds no GPU here"):
+    with pytest.raises(ConfigError, match="torch sees no GPU here"):
         kernels.run("cuda")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from zexp.bench import machine
+from zexp.bench.setting import device_of
 from zexp.bench.timing import Timing, in_turns
 from zexp.config.errors import ConfigError
 from zexp.kernels import dispatch, samples, select, selfcheck
@@ -65,7 +66,7 @@ def run(
 
     Raises ConfigError for an operation without fused backends or a device that is not there.
     """
-    where = device_of(device)
+    where = torch.device(device_of(device))
     name = dtype or ("bf16" if where.type == "cuda" else "fp32")
     if name not in DTYPES:
         raise ConfigError(f"dtype = {name}: choose one of {', '.join(sorted(DTYPES))}.")
@@ -94,16 +95,6 @@ def verdict(operation: str, backend: Backend, device: torch.device) -> str | Non
     """Why a backend is not taken on a device, determinism aside (the row says that); None = it is sound."""
     found = dispatch.machine(device)
     return select.reason_against(operation, backend, found, deterministic=False) or selfcheck.failing(operation, backend, device)
-
-
-def device_of(device: str) -> torch.device:
-    """auto, cpu or cuda as a device. Raises ConfigError."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device = {device}: it is auto, cpu or cuda.")
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise ConfigError("device = cuda, but torch finds no GPU here. Use --device cpu, or auto.")
-    return torch.device("cuda" if device != "cpu" and there else "cpu")
 
 
 def not_measured(device: torch.device) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zexp.bench.timing import timed
+from zexp.train.fingerprint import device_model
 
 # (rows, inner, columns): the best of them counts. Those of a GPU fill it, those of a CPU fit its caches.
 SHAPES = {"cpu": ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048)), "cuda": ((8192, 8192, 8192), (16384, 8192, 8192))}
@@ -22,7 +23,7 @@ def facts(device: torch.device | str) -> dict[str, Any]:
     where = torch.device(device)
     about: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _processor(),
+        "device": device_model(where.type),
         "kind": where.type,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
@@ -67,12 +68,3 @@ def ceilings(device: torch.device | str) -> dict[str, float]:
         "matmul_bf16": matmul_flops_per_second(device, torch.bfloat16),
         "memory": memory_bytes_per_second(device),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -12,7 +12,9 @@ from zexp.train.machine import settled
 
 
 def device_of(said: str | None) -> str:
-    """cpu or cuda. said: auto or None, or one of these. Raises ConfigError where torch sees no GPU."""
+    """cpu or cuda. said: auto or None, or one of these. Raises ConfigError for another one, and where torch sees no GPU."""
+    if said not in (None, "auto", "cpu", "cuda"):
+        raise ConfigError(f"device = {said}: it is auto, cpu or cuda.")
     if said in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     if said == "cuda" and not torch.cuda.is_available():
