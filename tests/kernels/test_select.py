@@ -34,10 +34,23 @@ def names(kernels="auto", operations=ALL, on=A100, *, deterministic=False, faili
     return {operation: choice.name for operation, choice in choices.items()}
 
 
-@pytest.mark.parametrize("choice", ["auto", "torch"])
-@pytest.mark.parametrize("kind", ["cpu", "meta"])
-def test_off_a_gpu_every_operation_gets_torch(choice, kind, installed):
-    assert names(choice, ["ssd", "attention"], Machine(kind=kind)) == {"ssd": "torch", "attention": "torch"}
+def test_on_a_cpu_auto_takes_what_there_is_in_cpp(monkeypatch):
+    monkeypatch.setattr(select, "compiler", lambda: "/usr/bin/g++")
+    operations = [*select.IN_CPP, "wkv7"]
+    found = names("auto", operations, Machine(kind="cpu"), deterministic=True)
+    assert found == {operation: "cpp" for operation in select.IN_CPP} | {"wkv7": "torch"}
+    assert set(names("torch", operations, Machine(kind="cpu")).values()) == {"torch"}
+
+
+def test_without_a_compiler_a_cpu_gets_torch_and_is_told_why(monkeypatch):
+    monkeypatch.setattr(select, "compiler", lambda: None)
+    choice = select.choose("auto", ["causal_conv1d"], Machine(kind="cpu"), deterministic=True, failing=lambda *of: None)
+    assert choice["causal_conv1d"].name == "torch"
+    assert choice["causal_conv1d"].passed_over == (("cpp", "no C++ compiler was found (g++, clang++ or $CXX)"),)
+
+
+def test_on_a_device_without_backends_every_operation_gets_torch():
+    assert set(names("auto", ALL, Machine(kind="meta")).values()) == {"torch"}
 
 
 def test_torch_is_torch_on_a_gpu_too(installed):
@@ -84,7 +97,7 @@ def test_auto_falls_back_where_the_self_check_fails_and_says_why(installed, capl
 
 def test_nothing_is_logged_of_torch_alone(caplog):
     with caplog.at_level(logging.INFO):
-        dispatch.say(select.choose("auto", ALL, Machine(kind="cpu"), deterministic=True, failing=lambda *of: None))
+        dispatch.say(select.choose("torch", ALL, Machine(kind="cpu"), deterministic=True, failing=lambda *of: None))
     assert not caplog.records
 
 

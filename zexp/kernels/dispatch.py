@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zexp.kernels import select
 from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d
+from zexp.kernels.cpp.compiler import compiler, identity
 from zexp.kernels.cross_entropy.torch_backend import linear_cross_entropy
 from zexp.kernels.fused import Fused, adapter
 from zexp.kernels.gated_delta.torch_backend import gated_delta
@@ -107,7 +108,7 @@ def kernels_of(choices: dict[str, Choice]) -> Kernels:
         if choice.backend is None:
             continue
         for name, fused in adapter(operation, choice.backend.adapter()).items():
-            replaced[name] = OnBackend(name, choice.name, fused, getattr(TORCH, name))
+            replaced[name] = OnBackend(name, choice.name, fused, getattr(TORCH, name), choice.backend.device)
     return replace(TORCH, **replaced) if replaced else TORCH
 
 
@@ -129,10 +130,11 @@ def say(choices: dict[str, Choice]) -> None:
 
 
 def machine(device: torch.device | str) -> Machine:
-    """Of a device: what backends are chosen by."""
+    """Of a device: what backends are chosen by, and what a pass of their self-check is good for."""
     where = torch.device(device)
     if where.type != "cuda":
-        return Machine(kind=where.type)
+        compiled = where.type == "cpu" and compiler() is not None
+        return Machine(kind=where.type, versions={"torch": str(torch.__version__), "c++": identity()} if compiled else {})
     versions = {package: select.version(package) for package in (*select.packages(), "triton")}
     versions |= {"torch": str(torch.__version__), "cuda": torch.version.cuda}
     return Machine(

@@ -55,6 +55,10 @@ class Documents:
 
         return self.once("positions", make)
 
+    def ids_int64(self) -> Tensor:
+        """The ids, (B, T), side by side."""
+        return self.once("ids int64", lambda: self.ids_BT.long().contiguous())
+
     def starts(self) -> Tensor:
         """Whether a position is the first of a document other than its row's first: (B, T) bool."""
         return self.once("starts", lambda: F.pad(self.ids_BT[:, 1:] != self.ids_BT[:, :-1], (1, 0)))

@@ -96,6 +96,10 @@ def adapter(operation: str, name: str) -> dict[str, Fused]:
     again, and two could take different ones, whose sums differ in the last bits.
     """
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-    module = importlib.import_module(f"zexp.kernels.{operation}.fused_backend")
-    made: dict[str, Fused] = getattr(module, name)()
+    made: dict[str, Fused] = getattr(adapters_of(operation, name), name)()
     return made
+
+
+def adapters_of(operation: str, name: str) -> ModuleType:
+    """The module with the adapter of that name."""
+    return importlib.import_module(f"zexp.kernels.{operation}.{'cpp' if name == 'cpp' else 'fused'}_backend")

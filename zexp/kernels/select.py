@@ -1,7 +1,7 @@
 """Which backend each operation gets: what there is, what is known to be wrong with it, and how one is chosen. No torch.
 
-Every operation has a torch backend, right everywhere. Some have fused ones, in order of preference: the kernel that the
-authors of an operation publish, then a more general one. The order is fixed, not timed: a backend is part of a training's
+Every operation has a torch backend, right everywhere. On a GPU some have fused ones, in order of preference: the kernel that the
+authors of an operation publish, then a more general one. On a CPU some have one in C++ (zexp/kernels/cpp). The order is fixed, not timed: a backend is part of a training's
 fingerprint, and one that changed with the load of the machine would change its last bits from one resume to the next
 (`zexp bench kernels` shows the times). A backend is taken if
 
@@ -11,7 +11,7 @@ fingerprint, and one that changed with the load of the machine would change its 
 - it passed the self-check on this device (zexp/kernels/selfcheck.py).
 
 auto: the first such backend, else torch. fused: the same, but a package that is missing, or that fails the self-check
-where no other backend of the operation passes, is an error. torch: torch.
+where no other backend of the operation passes, is an error, and so is a CPU. torch: torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from zexp.config.errors import ConfigError
+from zexp.kernels.cpp.compiler import compiler
 
 CHOICES = ("auto", "torch", "fused")
 TORCH = "torch"
@@ -32,7 +33,7 @@ class Backend:
     """One fused implementation of an operation.
 
     name: in logs, tables and fingerprints; its adapter is the function of that name in zexp/kernels/<operation>/fused_backend.py.
-    package: the distribution that carries the kernel, None = torch itself. modules: top-level modules that must be there.
+    device: cuda or cpu. package: the distribution that carries the kernel, None = torch itself, or zexp. modules: top-level modules that must be there.
     capability: the least compute capability. deterministic: whether repeats give the same bits under deterministic algorithms.
     """
 
@@ -41,6 +42,7 @@ class Backend:
     modules: tuple[str, ...]
     capability: tuple[int, int] = (8, 0)
     deterministic: bool = True
+    device: str = "cuda"
 
     def missing(self) -> list[str]:
         """Those of its modules that are not installed."""
@@ -84,6 +86,16 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "ssd": (Backend(name="mamba-ssm", package="mamba-ssm", modules=("mamba_ssm", "triton")),),
     "wkv7": (Backend(name="flash-linear-attention", package="flash-linear-attention", modules=_FLA),),
 }
+
+CPP = Backend(name="cpp", package=None, modules=(), device="cpu")
+IN_CPP = ("causal_conv1d",)
+
+
+def candidates(operation: str, kind: str) -> tuple[Backend, ...]:
+    """The backends besides torch that an operation has on a kind of device, the first choice first."""
+    if kind == "cpu":
+        return (CPP,) if operation in IN_CPP else ()
+    return BACKENDS.get(operation, ()) if kind == "cuda" else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +221,7 @@ def choose(
     """
     operations = list(operations)
     check(kernels, operations, machine.kind)
-    if kernels == "torch" or machine.kind != "cuda":
+    if kernels == "torch":
         return {operation: Choice(None) for operation in operations}
     choices: dict[str, Choice] = {}
     untrusted: list[str] = []
@@ -228,8 +240,10 @@ def choose(
 
 def reason_against(operation: str, backend: Backend, machine: Machine, *, deterministic: bool) -> str | None:
     """Why a backend is not even tried on a machine, None = nothing speaks against it."""
-    if machine.kind != "cuda":
-        return "needs a CUDA device"
+    if machine.kind != backend.device:
+        return "needs a CUDA device" if backend.device == "cuda" else "runs on a CPU"
+    if backend is CPP and compiler() is None:
+        return "no C++ compiler was found (g++, clang++ or $CXX)"
     if machine.capability is not None and machine.capability < backend.capability:
         return f"needs compute capability {backend.capability[0]}.{backend.capability[1]}, this is {machine.capability_text}"
     if absent := backend.missing():
@@ -266,7 +280,7 @@ def _choose(
     """The choice, and what failed on the way to it."""
     passed_over: list[tuple[str, str]] = []
     failed: list[str] = []
-    for backend in BACKENDS.get(operation, ()):
+    for backend in candidates(operation, machine.kind):
         reason = reason_against(operation, backend, machine, deterministic=deterministic)
         if reason is None:
             reason = failing(operation, backend)

@@ -10,7 +10,6 @@ a stage does not check again what the stage before it has checked; what fails is
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import logging
@@ -21,7 +20,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,9 +27,11 @@ from torch import Tensor
 
 import zexp
 from zexp.kernels import dispatch, fused, samples
-from zexp.kernels.fused import adapter
+from zexp.kernels.cache import folder
+from zexp.kernels.cpp import library
+from zexp.kernels.fused import adapter, adapters_of
 from zexp.kernels.samples import Sample
-from zexp.kernels.select import Backend
+from zexp.kernels.select import CPP, Backend
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,11 @@ def compared(
 def identity(operation: str, backend: Backend, device: torch.device) -> dict[str, Any]:
     """What a pass is good for: the device's model, all versions, and the code that checks and that was checked."""
     found = dispatch.machine(device)
-    modules = (samples, fused, sys.modules[__name__], _adapters_of(operation))
+    modules = (samples, fused, sys.modules[__name__], adapters_of(operation, backend.adapter()))
+    code = [inspect.getsource(module) for module in modules]
+    if backend is CPP:
+        code.append(inspect.getsource(library))
+        code += library.sources(operation)
     return {
         "operation": operation,
         "backend": backend.name,
@@ -158,13 +162,8 @@ def identity(operation: str, backend: Backend, device: torch.device) -> dict[str
         "capability": found.capability_text,
         "versions": dict(found.versions),
         "zexp": zexp.__version__,
-        "code": hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()[:16],
+        "code": hashlib.sha256("".join(code).encode()).hexdigest()[:16],
     }
-
-
-def folder() -> Path:
-    """Where passes are remembered."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zexp" / "kernels"
 
 
 def _remember(path: Path, where: dict[str, Any]) -> None:
@@ -175,10 +174,6 @@ def _remember(path: Path, where: dict[str, Any]) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(where, file, indent=1)
         os.replace(temporary, path)
-
-
-def _adapters_of(operation: str) -> ModuleType:
-    return importlib.import_module(f"zexp.kernels.{operation}.fused_backend")
 
 
 def _distance(ours: Tensor, wanted: Tensor) -> float:

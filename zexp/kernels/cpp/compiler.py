@@ -1,0 +1,46 @@
+"""The machine's C++ compiler and what decides the code that it makes. No torch."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+
+# No -ffast-math: sums keep their order, NaN and infinity their meaning.
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_WIDE = "-mprefer-vector-width=512"  # x86: compilers choose half of the registers' width by themselves
+
+
+def compiler() -> str | None:
+    """$CXX, else g++ or clang++; None = there is none."""
+    own = os.environ.get("CXX")
+    return shutil.which(own) if own else shutil.which("g++") or shutil.which("clang++")
+
+
+def flags() -> list[str]:
+    return [*_FLAGS, *([_WIDE] if platform.machine() in ("x86_64", "AMD64") else [])]
+
+
+def identity() -> str:
+    """Compiler, flags and processor: the same sources under the same identity are the same machine code."""
+    found = compiler()
+    assert found is not None, "asked for where there is a compiler"
+    return _identity(found)
+
+
+@functools.cache
+def _identity(path: str) -> str:
+    said = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()
+    return " · ".join((said[0] if said else path, " ".join(flags()), _processor()))
+
+
+def _processor() -> str:
+    """What -march=native looks at."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in file)}
+    except FileNotFoundError:  # not Linux
+        return platform.processor()
+    return " ".join(told.get(key, "") for key in ("vendor_id", "cpu family", "model", "flags", "CPU part", "Features"))

@@ -1,0 +1,95 @@
+"""Compiles an operation's kernel.cpp with the machine's own compiler, once, and calls its functions.
+
+A compiled library is kept in $XDG_CACHE_HOME/zexp/kernels (or ~/.cache) under a name that its sources, the compiler and the
+processor decide, so that machines of one home folder never run each other's. Kernels share torch's threads: both are built on
+OpenMP, and the library's calls go to the runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zexp.kernels.cache import folder
+from zexp.kernels.cpp.compiler import compiler, flags, identity
+
+log = logging.getLogger(__name__)
+
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@functools.cache
+def library(operation: str) -> ctypes.CDLL:
+    """The compiled kernel.cpp of zexp/kernels/<operation>. Raises RuntimeError with what the compiler said, or OSError."""
+    texts = sources(operation)
+    name = hashlib.sha256("\0".join((*texts, identity())).encode()).hexdigest()[:16]
+    path = folder() / f"{operation}-{name}.so"
+    if not path.exists():
+        _compile(operation, texts, path)
+    return ctypes.CDLL(str(path))
+
+
+def sources(operation: str) -> list[str]:
+    """The texts of vector.h and of the operation's kernel.cpp."""
+    paths = [files("zexp.kernels.cpp") / "vector.h", files(f"zexp.kernels.{operation}") / "kernel.cpp"]
+    return [path.read_text(encoding="utf-8") for path in paths]
+
+
+def call(operation: str, function: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
+    """Calls `<function>_<f32 or bf16>` with pointers, 64-bit integers and floats, and the number of threads at last."""
+    converted = [_converted(arg) for arg in (*args, torch.get_num_threads())]
+    getattr(library(operation), f"{function}_{SUFFIX[dtype]}")(*converted)
+
+
+def not_taken(*, activations: Iterable[Tensor], whole: Iterable[Tensor | None] = ()) -> str | None:
+    """Why no kernel takes a call: activations are all fp32 or all bf16, what is given whole (weights, steps, decays) is fp32."""
+    types = {tensor.dtype for tensor in activations}
+    if len(types) > 1 or not types <= SUFFIX.keys():
+        return f"inputs in {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}, the kernel takes fp32 or bf16"
+    other = next((tensor.dtype for tensor in whole if tensor is not None and tensor.dtype != torch.float32), None)
+    return None if other is None else f"weights in {str(other).removeprefix('torch.')}, the kernel takes fp32"
+
+
+def rows(x: Tensor) -> Tensor:
+    """x, or a copy, whose last dimension lies side by side and whose others are one: x.flatten(0, -2) is a view of it."""
+    if x.stride(-1) != 1 or any(x.stride(d) != x.stride(d + 1) * x.shape[d + 1] for d in range(x.dim() - 2)):
+        return x.contiguous()
+    return x
+
+
+def _converted(arg: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if arg is None:
+        return ctypes.c_void_p(None)
+    if isinstance(arg, Tensor):
+        return ctypes.c_void_p(arg.data_ptr())
+    return ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int64(arg)
+
+
+def _compile(operation: str, texts: list[str], path: Path) -> None:
+    found = compiler()
+    assert found is not None, "asked for where there is a compiler"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    # Beside its place, so that the rename is one of a single file system: whoever comes second finds it whole.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{operation}-") as temporary:
+        for name, text in zip(("vector.h", "kernel.cpp"), texts, strict=True):
+            Path(temporary, name).write_text(text, encoding="utf-8")
+        made = subprocess.run(
+            [found, *flags(), "kernel.cpp", "-o", "kernel.so"], cwd=temporary, capture_output=True, text=True
+        )
+        if made.returncode:
+            raise RuntimeError(f"{found} cannot compile {operation}'s kernel.cpp: {made.stderr.strip()}")
+        os.replace(Path(temporary, "kernel.so"), path)
+    log.info("Kernels: compiled %s with %s in %.1f s.", operation, found, time.monotonic() - began)
