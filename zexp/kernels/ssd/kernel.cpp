@@ -89,11 +89,9 @@ void enter(const Sizes& size, const T* x, const float* dt, const float* a, const
                 const T* given = dy + ((at.row * size.length + t) * H + h) * P;
                 T *kept = dy_heads + ((m * H + h) * Q + q) * P, *read = dread + grouped;
                 float seen = decay(at.enters(q), sum[h * Q + q]);
+                std::memcpy(kept, given, P * sizeof(T));
 #pragma omp simd
-                for (int64_t p = 0; p < P; p++) {
-                    kept[p] = given[p];
-                    read[p] = stored<T>(load(given[p]) * seen);
-                }
+                for (int64_t p = 0; p < P; p++) read[p] = stored<T>(load(given[p]) * seen);
             }
             for (int64_t g = 0; g < G; g++) {
                 T *b_to = b_packed + ((m * G + g) * Q + q) * N, *c_to = c_packed + ((m * G + g) * Q + q) * N;
@@ -292,18 +290,18 @@ void leave_backward(const Sizes& size, const T* x, const float* dt, const float*
 #pragma omp parallel for num_threads(threads)
     for (int64_t m = m0; m < m0 + count; m++) {
         Chunk at(size, m, ids);
-        std::vector<float> dsum(Q), dstep(Q);
-        for (int64_t h = 0; h < H; h++) {
-            const float* sum = sums + (m * H + h) * Q;
-            float ends = 0.0f, direct = 0.0f;
-            for (int64_t n = 0; n < N; n++) ends += dcarried[(m * H + h) * N + n];
-            for (int64_t q = 0; q < at.count; q++) {
-                int64_t t = at.first + q, grouped = ((m * G + h / J) * Q + q) * J * P + h % J * P;
-                const T *from = x + at.row * size.x_sequence + t * size.x_row + h * P, *own = dinside + (((m - m0) * H + h) * Q + q) * P;
-                const T *given = dy + ((at.row * size.length + t) * H + h) * P, *reached = dreached + grouped;
+        // By position, then head, as most arrays lie: read in the order of memory.
+        std::vector<float> dsum(Q * H), dstep(Q * H), ends(H, 0.0f), direct(H, 0.0f);
+        for (int64_t q = 0; q < at.count; q++) {
+            int64_t t = at.first + q;
+            for (int64_t h = 0; h < H; h++) {
+                int64_t grouped = ((m * G + h / J) * Q + q) * J * P + h % J * P, place = (at.row * size.length + t) * H + h;
+                const float* sum = sums + (m * H + h) * Q;
+                const T *from = x + at.row * size.x_sequence + t * size.x_row + h * P;
+                const T *own = dinside + (((m - m0) * H + h) * Q + q) * P, *given = dy + place * P, *reached = dreached + grouped;
                 const T *seen = read + grouped, *dseen = dread + grouped;
-                T* to = dx + ((at.row * size.length + t) * H + h) * P;
-                float step = dt[(at.row * size.length + t) * H + h], through = decay(at.leaves(q), sum[Q - 1] - sum[q]);
+                T* to = dx + place * P;
+                float step = dt[place], through = decay(at.leaves(q), sum[Q - 1] - sum[q]);
                 float skip = d[h], by_end = 0.0f, by_step = 0.0f, by_x = 0.0f, by_state = 0.0f;
 #pragma omp simd reduction(+ : by_end, by_step, by_x, by_state)
                 for (int64_t p = 0; p < P; p++) {
@@ -316,23 +314,26 @@ void leave_backward(const Sizes& size, const T* x, const float* dt, const float*
                     to[p] = stored<T>(dwritten * step + dout * skip);
                 }
                 by_end *= step;
-                ends += by_end;
-                direct += by_x;
-                dsum[q] = dsums[(m * H + h) * Q + q] + by_state - by_end;
-                dstep[q] = by_step;
+                ends[h] += by_end;
+                direct[h] += by_x;
+                dsum[q * H + h] = dsums[(m * H + h) * Q + q] + by_state - by_end;
+                dstep[q * H + h] = by_step;
             }
+        }
+        for (int64_t h = 0; h < H; h++) {
+            for (int64_t n = 0; n < N; n++) ends[h] += dcarried[(m * H + h) * N + n];
             // The end of a chunk that the sequence does not fill is that of its last position.
-            dsum[at.count - 1] += ends;
-            for (int64_t q = at.count; q < Q; q++) dsum[at.count - 1] += dsums[(m * H + h) * Q + q];
+            for (int64_t q = at.count; q < Q; q++) ends[h] += dsums[(m * H + h) * Q + q];
+            dsum[(at.count - 1) * H + h] += ends[h];
             float running = 0.0f, rate = 0.0f;
             for (int64_t q = at.count - 1; q >= 0; q--) {
                 int64_t place = (at.row * size.length + at.first + q) * H + h;
-                running += dsum[q];
+                running += dsum[q * H + h];
                 rate += running * dt[place];
-                ddt[place] = dstep[q] + running * a[h];
+                ddt[place] = dstep[q * H + h] + running * a[h];
             }
             da[m * H + h] = rate;
-            dd[m * H + h] = direct;
+            dd[m * H + h] = direct[h];
         }
     }
 }
