@@ -88,7 +88,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 }
 
 CPP = Backend(name="cpp", package=None, modules=(), device="cpu")
-IN_CPP = ("causal_conv1d",)
+IN_CPP = ("causal_conv1d", "selective_scan")
 
 
 def candidates(operation: str, kind: str) -> tuple[Backend, ...]:

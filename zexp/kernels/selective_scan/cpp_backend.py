@@ -1,0 +1,94 @@
+"""The selective scan by kernel.cpp. B batch · T positions · I inner channels · H heads · N state size · M segments of positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zexp.kernels.cpp.library import call, library, not_taken
+from zexp.kernels.documents import Documents
+from zexp.kernels.fused import Fused
+
+SEGMENT = 64  # positions between two kept states: a fourth of a number a channel and position for N = 16
+
+
+def cpp() -> dict[str, Fused]:
+    library("selective_scan")
+    return {"selective_scan": Fused(selective_scan, refuses)}
+
+
+def selective_scan(
+    x_BTI: Tensor,
+    dt_BTI: Tensor,
+    a_IN: Tensor,
+    b_BTHN: Tensor,
+    c_BTHN: Tensor,
+    d_I: Tensor,
+    *,
+    documents: Documents | None = None,
+) -> Tensor:
+    """As the torch backend's."""
+    inputs = (x_BTI, dt_BTI, a_IN, b_BTHN, c_BTHN, d_I)
+    kept = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _SelectiveScan.apply(*inputs, None if documents is None else documents.starts(), kept)
+
+
+def refuses(
+    x_BTI: Tensor,
+    dt_BTI: Tensor,
+    a_IN: Tensor,
+    b_BTHN: Tensor,
+    c_BTHN: Tensor,
+    d_I: Tensor,
+    *,
+    documents: Documents | None = None,
+) -> str | None:
+    return not_taken(activations=(x_BTI, b_BTHN, c_BTHN), whole=(dt_BTI, a_IN, d_I))
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTI: Tensor,
+        dt_BTI: Tensor,
+        a_IN: Tensor,
+        b_BTHN: Tensor,
+        c_BTHN: Tensor,
+        d_I: Tensor,
+        starts_BT: Tensor | None,
+        kept: bool,
+    ) -> Tensor:
+        x, dt, a, d = (tensor.contiguous() for tensor in (x_BTI, dt_BTI, a_IN, d_I))
+        b, c = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (b_BTHN, c_BTHN))
+        states_BMNI = None
+        if kept:
+            segments = -(-x.shape[1] // SEGMENT)
+            states_BMNI = dt.new_empty(x.shape[0], segments, a.shape[1], x.shape[2])
+        y = torch.empty_like(x)
+        call("selective_scan", "forward", x.dtype, x, dt, a, b, c, d, starts_BT, y, states_BMNI, *_sizes(x, b, c))
+        if kept:
+            ctx.save_for_backward(x, dt, a, b, c, d, states_BMNI)
+            ctx.starts_BT = starts_BT
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, a, b, c, d, states_BMNI = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        dx, ddt, db, dc = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (x, dt, b, c))
+        da_BIN, dd_BI = a.new_empty(x.shape[0], *a.shape), d.new_empty(x.shape[0], *d.shape)
+        call(
+            "selective_scan", "backward", x.dtype, dy, x, dt, a, b, c, d, ctx.starts_BT, states_BMNI,
+            dx, ddt, da_BIN, db, dc, dd_BI, *_sizes(x, b, c),
+        )  # fmt: skip
+        return dx, ddt, da_BIN.sum(0), db, dc, dd_BI.sum(0), None, None
+
+
+def _sizes(x_BTI: Tensor, b_BTHN: Tensor, c_BTHN: Tensor) -> tuple[int, ...]:
+    batch, length, heads, state = b_BTHN.shape
+    return (batch, length, heads, x_BTI.shape[2] // heads, state, *b_BTHN.stride()[:3], *c_BTHN.stride()[:3], SEGMENT)
