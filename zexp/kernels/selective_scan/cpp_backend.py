@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 from zexp.kernels.cpp.library import call, library, not_taken
 from zexp.kernels.documents import Documents
 from zexp.kernels.fused import Fused
-
-SEGMENT = 64  # positions between two kept states: a fourth of a number a channel and position for N = 16
+from zexp.kernels.selective_scan.sizes import SEGMENT
 
 
 def cpp() -> dict[str, Fused]:
@@ -27,12 +26,13 @@ def selective_scan(
     b_BTHN: Tensor,
     c_BTHN: Tensor,
     d_I: Tensor,
+    dt_bias_I: Tensor | None = None,
     *,
     documents: Documents | None = None,
 ) -> Tensor:
     """As the torch backend's."""
-    inputs = (x_BTI, dt_BTI, a_IN, b_BTHN, c_BTHN, d_I)
-    kept = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    inputs = (x_BTI, dt_BTI, a_IN, b_BTHN, c_BTHN, d_I, dt_bias_I)
+    kept = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     return _SelectiveScan.apply(*inputs, None if documents is None else documents.starts(), kept)
 
 
@@ -43,10 +43,12 @@ def refuses(
     b_BTHN: Tensor,
     c_BTHN: Tensor,
     d_I: Tensor,
+    dt_bias_I: Tensor | None = None,
     *,
     documents: Documents | None = None,
 ) -> str | None:
-    return not_taken(activations=(x_BTI, b_BTHN, c_BTHN), whole=(dt_BTI, a_IN, d_I))
+    whole = (a_IN, d_I, dt_bias_I, dt_BTI if dt_BTI.dtype != x_BTI.dtype else None)
+    return not_taken(activations=(x_BTI, b_BTHN, c_BTHN), whole=whole)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -59,34 +61,43 @@ class _SelectiveScan(torch.autograd.Function):
         b_BTHN: Tensor,
         c_BTHN: Tensor,
         d_I: Tensor,
+        dt_bias_I: Tensor | None,
         starts_BT: Tensor | None,
         kept: bool,
     ) -> Tensor:
         x, dt, a, d = (tensor.contiguous() for tensor in (x_BTI, dt_BTI, a_IN, d_I))
         b, c = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (b_BTHN, c_BTHN))
+        bias = None if dt_bias_I is None else dt_bias_I.contiguous()
         states_BMNI = None
         if kept:
             segments = -(-x.shape[1] // SEGMENT)
-            states_BMNI = dt.new_empty(x.shape[0], segments, a.shape[1], x.shape[2])
-        y = torch.empty_like(x)
-        call("selective_scan", "forward", x.dtype, x, dt, a, b, c, d, starts_BT, y, states_BMNI, *_sizes(x, b, c))
-        if kept:
-            ctx.save_for_backward(x, dt, a, b, c, d, states_BMNI)
+            states_BMNI = torch.empty(x.shape[0], segments, a.shape[1], x.shape[2])
+            ctx.save_for_backward(x, dt, a, b, c, d, bias, states_BMNI)
             ctx.starts_BT = starts_BT
+        y = torch.empty_like(x)
+        name = _named("forward", x, dt)
+        call("selective_scan", name, x.dtype, x, dt, a, b, c, d, bias, starts_BT, y, states_BMNI, *_sizes(x, b, c))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, a, b, c, d, states_BMNI = ctx.saved_tensors
-        dy = grads[0].contiguous()
+        x, dt, a, b, c, d, bias, states_BMNI = ctx.saved_tensors
         dx, ddt, db, dc = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (x, dt, b, c))
         da_BIN, dd_BI = a.new_empty(x.shape[0], *a.shape), d.new_empty(x.shape[0], *d.shape)
+        dbias_BI = None if bias is None else torch.empty_like(dd_BI)
         call(
-            "selective_scan", "backward", x.dtype, dy, x, dt, a, b, c, d, ctx.starts_BT, states_BMNI,
-            dx, ddt, da_BIN, db, dc, dd_BI, *_sizes(x, b, c),
+            "selective_scan", _named("backward", x, dt), x.dtype,
+            grads[0].contiguous(), x, dt, a, b, c, d, bias, ctx.starts_BT, states_BMNI,
+            dx, ddt, da_BIN, db, dc, dd_BI, dbias_BI, *_sizes(x, b, c),
         )  # fmt: skip
-        return dx, ddt, da_BIN.sum(0), db, dc, dd_BI.sum(0), None, None
+        dbias = None if dbias_BI is None else dbias_BI.sum(0)
+        return dx, ddt, da_BIN.sum(0), db, dc, dd_BI.sum(0), dbias, None, None
+
+
+def _named(function: str, x: Tensor, dt: Tensor) -> str:
+    """forward_bf16 takes dt in fp32, forward_all_bf16 in bf16."""
+    return f"{function}_all" if dt.dtype == torch.bfloat16 == x.dtype else function
 
 
 def _sizes(x_BTI: Tensor, b_BTHN: Tensor, c_BTHN: Tensor) -> tuple[int, ...]:

@@ -32,11 +32,14 @@ def mamba_ssm() -> dict[str, Fused]:
         b_BTHN: Tensor,
         c_BTHN: Tensor,
         d_I: Tensor,
+        dt_bias_I: Tensor | None = None,
         *,
         documents: Documents | None = None,
     ) -> Tensor:
         with torch.autocast(x_BTI.device.type, enabled=False):
             x, dt, a, d = x_BTI.float(), dt_BTI.float(), a_IN.float(), d_I.float()
+            if dt_bias_I is not None:
+                dt = torch.nn.functional.softplus(dt + dt_bias_I)
             scanned = x
             if documents is not None:
                 start_BT1 = documents.starts()[:, :, None]
@@ -58,6 +61,7 @@ def refuses(
     b_BTHN: Tensor,
     c_BTHN: Tensor,
     d_I: Tensor,
+    dt_bias_I: Tensor | None = None,
     *,
     documents: Documents | None = None,
 ) -> str | None:

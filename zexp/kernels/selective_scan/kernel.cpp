@@ -2,7 +2,7 @@
 //
 // B batch · T positions · I inner channels · H heads · P channels of a head (I / H) · N state size · M segments of positions
 //
-// A tile of channels lies side by side in vectors. It goes through a segment of positions with two of its N rates at a time, whose
+// A tile of channels lies side by side in a vector. It goes through a segment of positions with four of its N rates at a time, whose
 // states stay in registers: a decay is computed where it is used. The state that enters a segment is kept; the backward pass
 // computes the segment's states and decays again, into arrays that stay in the cache, and goes back through them.
 //
@@ -16,28 +16,28 @@ using namespace zexp;
 
 namespace {
 
-// Vectors as the compiler knows them: it finds none in loops over rates × lanes whose sums must stay in registers.
-constexpr int64_t LANES = 16;
+// Vectors as the compiler knows them: it finds none in loops over rates and lanes whose sums must stay in registers.
+constexpr int64_t LANES = 16;  // channels of a tile
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 
-constexpr int64_t VECTORS = 2;                // of a tile
-constexpr int64_t TILE = VECTORS * LANES;     // channels
-constexpr int64_t TILES = 4;                  // of a block
-constexpr int64_t BLOCK = TILES * TILE;       // channels of one head that one task computes
-constexpr int64_t PAIR = 2;                   // rates that are computed together
+constexpr int64_t RATES = 4;        // that are computed together
+constexpr int64_t MOST_TILES = 16;  // of a block: the fewer, the more sums of lanes
 constexpr float LOG2_E = 1.44269504f;
 
 struct Sizes {
-    int64_t batch, length, heads, width, state;    // B, T, H, P, N
-    int64_t b_sequence, b_row, b_head;             // elements of B between sequences, positions and heads
+    int64_t batch, length, heads, width, state;  // B, T, H, P, N
+    int64_t b_sequence, b_row, b_head;           // elements of B between sequences, positions and heads
     int64_t c_sequence, c_row, c_head;
-    int64_t segment;                               // positions between two kept states
+    int64_t segment;                             // positions between two kept states
 
     int64_t channels() const { return heads * width; }
-    int64_t blocks() const { return (width + BLOCK - 1) / BLOCK; }  // of a head
     int64_t segments() const { return (length + segment - 1) / segment; }
-    int64_t pairs() const { return (state + PAIR - 1) / PAIR; }
+    int64_t groups() const { return (state + RATES - 1) / RATES; }  // of rates
+    // Channels that one task computes: half a head where that is not too much, so that one row gives two threads work.
+    int64_t block() const { return LANES * std::min(MOST_TILES, (width + 2 * LANES - 1) / (2 * LANES)); }
+    int64_t blocks() const { return (width + block() - 1) / block(); }  // of a head
+    int64_t parts() const { return batch * heads * blocks(); }
 };
 
 // 2^u to 2 ulp, for u below 128: 2^n 2^f with |f| <= 1/2, 2^f by a polynomial of least relative error that is 1 at 0, so that what
@@ -62,310 +62,338 @@ inline float sum_of(const lanes& x) {
     return sum;
 }
 
-// A row of a tile in fp32; lanes beyond `count` are zero.
-struct Row {
-    lanes v[VECTORS];
-    float* data() { return reinterpret_cast<float*>(v); }
-};
+// log(1 + e^x), and its slope: with z = e^-|x|, log(1 + z) = 2 artanh(z / (2 + z)), by its series up to the 13th power.
+inline float softplus(float x) {
+    float z = zexp::exp(x < 0.0f ? x : -x), s = z / (2.0f + z), q = s * s;
+    float p = 1.0f / 13.0f;
+    p = p * q + 1.0f / 11.0f;
+    p = p * q + 1.0f / 9.0f;
+    p = p * q + 1.0f / 7.0f;
+    p = p * q + 1.0f / 5.0f;
+    p = p * q + 1.0f / 3.0f;
+    p = p * q + 1.0f;
+    return (x < 0.0f ? 0.0f : x) + 2.0f * s * p;
+}
 
+// A tile's channels, lanes beyond `count` zero.
 template <class T>
-inline void fetch(Row& row, const T* from, int64_t count) {
-    float* to = row.data();
-    if (count == TILE) {
+inline lanes fetched(const T* from, int64_t count) {
+    float to[LANES] = {};
+    if (count == LANES) {
 #pragma omp simd
-        for (int64_t l = 0; l < TILE; l++) to[l] = load(from[l]);
+        for (int64_t l = 0; l < LANES; l++) to[l] = load(from[l]);
     } else {
-        for (int64_t l = 0; l < TILE; l++) to[l] = l < count ? load(from[l]) : 0.0f;
+        for (int64_t l = 0; l < count; l++) to[l] = load(from[l]);
     }
+    lanes row;
+    std::memcpy(&row, to, sizeof row);
+    return row;
 }
 
 template <class T>
-inline void put(T* to, Row& row, int64_t count) {
-    const float* from = row.data();
-    if (count == TILE) {
+inline void put(T* to, lanes row, int64_t count) {
+    float from[LANES];
+    std::memcpy(from, &row, sizeof row);
+    if (count == LANES) {
 #pragma omp simd
-        for (int64_t l = 0; l < TILE; l++) to[l] = stored<T>(from[l]);
+        for (int64_t l = 0; l < LANES; l++) to[l] = stored<T>(from[l]);
     } else {
         for (int64_t l = 0; l < count; l++) to[l] = stored<T>(from[l]);
     }
 }
 
-// Numbers of two rates at one tile.
-struct Pair {
-    lanes v[PAIR][VECTORS];
+template <float (*F)(float)>
+inline lanes each(lanes row) {
+    float at[LANES];
+    std::memcpy(at, &row, sizeof row);
+#pragma omp simd
+    for (int64_t l = 0; l < LANES; l++) at[l] = F(at[l]);
+    std::memcpy(&row, at, sizeof row);
+    return row;
+}
+
+// x and y (B, T, I) and B and C in T, dt (B, T, I) in S; a (I, N), d (I); bias (I) or null: dt is softplus of what is given, with
+// the bias; starts (B, T) or null: where a document starts.
+template <class T, class S>
+struct Inputs {
+    const T* x;
+    const S* dt;
+    const float* a;
+    const T *b, *c;
+    const float *d, *bias;
+    const uint8_t* starts;
 };
 
-// B or C of a segment, two rates side by side: (pairs, segment, 2); a rate beyond N has zeros.
-template <class T>
-void fetch_pairs(float* to, const T* from, int64_t row, int64_t count, Sizes size) {
-    for (int64_t pair = 0; pair < size.pairs(); pair++) {
-        for (int64_t t = 0; t < count; t++) {
-            for (int64_t k = 0; k < PAIR; k++) {
-                int64_t n = pair * PAIR + k;
-                to[(pair * size.segment + t) * PAIR + k] = n < size.state ? load(from[t * row + n]) : 0.0f;
-            }
-        }
-    }
-}
+// A group of rates at one tile.
+struct Group {
+    lanes of[RATES];
+};
 
 // What one task computes: a block of channels of a head of a sequence.
 struct Part {
     int64_t sequence, head, block;
-    int64_t first, count, tiles;  // channels of all, and tiles
+    int64_t first, count, tiles;  // channels, counted among all
 
-    Part(int64_t sequence, int64_t head, int64_t block, Sizes size) : sequence(sequence), head(head), block(block) {
-        first = head * size.width + block * BLOCK;
-        count = std::min(BLOCK, size.width - block * BLOCK);
-        tiles = (count + TILE - 1) / TILE;
+    Part(int64_t number, const Sizes& size) {
+        sequence = number / size.blocks() / size.heads;
+        head = number / size.blocks() % size.heads;
+        block = number % size.blocks();
+        first = head * size.width + block * size.block();
+        count = std::min(size.block(), size.width - block * size.block());
+        tiles = (count + LANES - 1) / LANES;
     }
-    int64_t tile_count(int64_t tile) const { return std::min(TILE, count - tile * TILE); }
+    int64_t tile_count(int64_t tile) const { return std::min(LANES, count - tile * LANES); }
 };
 
-// The rates of a block, times log2(e): (tiles, pairs).
-std::vector<Pair> rates_of(const float* a, Part part, Sizes size) {
-    std::vector<Pair> rates(part.tiles * size.pairs(), Pair{});
+// The rates of a part, times log2(e): (tiles, groups).
+std::vector<Group> rates_of(const float* a, const Part& part, const Sizes& size) {
+    std::vector<Group> rates(part.tiles * size.groups(), Group{});
     for (int64_t i = 0; i < part.count; i++)
-        for (int64_t n = 0; n < size.state; n++) {
-            Pair& pair = rates[i / TILE * size.pairs() + n / PAIR];
-            pair.v[n % PAIR][i % TILE / LANES][i % LANES] = a[(part.first + i) * size.state + n] * LOG2_E;
-        }
+        for (int64_t n = 0; n < size.state; n++)
+            rates[i / LANES * size.groups() + n / RATES].of[n % RATES][i % LANES] = a[(part.first + i) * size.state + n] * LOG2_E;
     return rates;
 }
 
-// To and from the kept states (B, M, N, I): two rates of a tile.
-inline float* kept_at(float* kept, int64_t segment, int64_t n, const Part& part, int64_t tile, Sizes size) {
-    int64_t row = (part.sequence * size.segments() + segment) * size.state + n;
-    return kept + row * size.channels() + part.first + tile * TILE;
+// Of a segment: its positions, and B (writes) and C (reads), (groups, positions, RATES); a rate beyond N has zeros.
+struct Segment {
+    int64_t begin, length, row;  // its first position in the sequence, how many, and the first among those of all sequences
+    std::vector<float> writes, reads;
+    const uint8_t* start;
+
+    explicit Segment(const Sizes& size) : writes(size.groups() * size.segment * RATES), reads(writes.size()) {}
+
+    template <class T, class S>
+    void enter(int64_t number, const Inputs<T, S>& given, const Part& part, const Sizes& size) {
+        begin = number * size.segment;
+        length = std::min(size.segment, size.length - begin);
+        row = part.sequence * size.length + begin;
+        start = given.starts == nullptr ? nullptr : given.starts + row;
+        fetch(writes, given.b + part.sequence * size.b_sequence + begin * size.b_row + part.head * size.b_head, size.b_row, size);
+        fetch(reads, given.c + part.sequence * size.c_sequence + begin * size.c_row + part.head * size.c_head, size.c_row, size);
+    }
+    bool starts(int64_t t) const { return start != nullptr && start[t]; }
+
+  private:
+    template <class T>
+    void fetch(std::vector<float>& to, const T* from, int64_t row_length, const Sizes& size) {
+        for (int64_t t = 0; t < length; t++)
+            for (int64_t n = 0; n < size.state; n++)
+                to[(n / RATES * size.segment + t) * RATES + n % RATES] = load(from[t * row_length + n]);
+    }
+};
+
+// A group of rates of a tile in the kept states, (B, M, N, I): copied there, or from there.
+template <bool TO>
+void copy_kept(float* kept, Group& state, int64_t segment, int64_t group, const Part& part, int64_t tile, const Sizes& size) {
+    for (int64_t k = 0; k < RATES && group * RATES + k < size.state; k++) {
+        int64_t row = (part.sequence * size.segments() + segment) * size.state + group * RATES + k;
+        float* at = kept + row * size.channels() + part.first + tile * LANES;
+        size_t bytes = part.tile_count(tile) * sizeof(float);
+        if (TO)
+            std::memcpy(at, &state.of[k], bytes);
+        else
+            std::memcpy(&state.of[k], at, bytes);
+    }
 }
 
-void keep(float* kept, int64_t segment, int64_t pair, const Pair& state, const Part& part, int64_t tile, Sizes size) {
-    for (int64_t k = 0; k < PAIR && pair * PAIR + k < size.state; k++)
-        std::memcpy(kept_at(kept, segment, pair * PAIR + k, part, tile, size), state.v[k], part.tile_count(tile) * sizeof(float));
-}
-
-Pair recalled(float* kept, int64_t segment, int64_t pair, const Part& part, int64_t tile, Sizes size) {
-    Pair state{};
-    for (int64_t k = 0; k < PAIR && pair * PAIR + k < size.state; k++)
-        std::memcpy(state.v[k], kept_at(kept, segment, pair * PAIR + k, part, tile, size), part.tile_count(tile) * sizeof(float));
-    return state;
-}
-
-// x, dt, y (B, T, I); a (I, N); starts (B, T) or null; kept (B, M, N, I) or null.
-template <class T>
-void forward_part(const T* x, const float* dt, const float* a, const T* b, const T* c, const float* d, const uint8_t* starts, T* y,
-                  float* kept, Part part, Sizes size) {
-    std::vector<Pair> rates = rates_of(a, part, size), states(part.tiles * size.pairs(), Pair{});
-    std::vector<Row> steps(size.segment), written(size.segment), sums(size.segment);
-    std::vector<float> writes(size.pairs() * size.segment * PAIR), reads(writes.size());
-    for (int64_t segment = 0; segment < size.segments(); segment++) {
-        int64_t begin = segment * size.segment, length = std::min(size.segment, size.length - begin);
-        int64_t at = part.sequence * size.length + begin;
-        const uint8_t* start = starts == nullptr ? nullptr : starts + at;
-        fetch_pairs(writes.data(), b + part.sequence * size.b_sequence + begin * size.b_row + part.head * size.b_head, size.b_row,
-                    length, size);
-        fetch_pairs(reads.data(), c + part.sequence * size.c_sequence + begin * size.c_row + part.head * size.c_head, size.c_row,
-                    length, size);
+template <class T, class S>
+void forward_part(const Inputs<T, S>& given, T* y, float* kept, const Part& part, const Sizes& size) {
+    std::vector<Group> rates = rates_of(given.a, part, size), states(rates.size(), Group{});
+    std::vector<lanes> steps(size.segment), written(size.segment), sums(size.segment);
+    Segment segment(size);
+    for (int64_t number = 0; number < size.segments(); number++) {
+        segment.enter(number, given, part, size);
         for (int64_t tile = 0; tile < part.tiles; tile++) {
-            int64_t count = part.tile_count(tile), first = part.first + tile * TILE;
-            Row skip;
-            fetch(skip, d + first, count);
-            for (int64_t t = 0; t < length; t++) {
-                int64_t row = (at + t) * size.channels() + first;
-                Row in;
-                fetch(in, x + row, count);
-                fetch(steps[t], dt + row, count);
-                for (int64_t v = 0; v < VECTORS; v++) {
-                    written[t].v[v] = in.v[v] * steps[t].v[v];
-                    sums[t].v[v] = in.v[v] * skip.v[v];
-                }
+            int64_t count = part.tile_count(tile), first = part.first + tile * LANES;
+            lanes skip = fetched(given.d + first, count), bias = given.bias == nullptr ? lanes{} : fetched(given.bias + first, count);
+            for (int64_t t = 0; t < segment.length; t++) {
+                int64_t at = (segment.row + t) * size.channels() + first;
+                lanes x = fetched(given.x + at, count);
+                steps[t] = fetched(given.dt + at, count);
+                if (given.bias != nullptr) steps[t] = each<softplus>(steps[t] + bias);
+                written[t] = x * steps[t];
+                sums[t] = x * skip;
             }
-            for (int64_t pair = 0; pair < size.pairs(); pair++) {
-                Pair& slot = states[tile * size.pairs() + pair];
-                Pair state = slot, rate = rates[tile * size.pairs() + pair];
-                if (kept != nullptr) keep(kept, segment, pair, state, part, tile, size);
-                const float* write = writes.data() + pair * size.segment * PAIR;
-                const float* read = reads.data() + pair * size.segment * PAIR;
-                for (int64_t t = 0; t < length; t++) {
-                    if (start != nullptr && start[t]) state = Pair{};
-#pragma GCC unroll 2
-                    for (int64_t v = 0; v < VECTORS; v++) {
-                        lanes step = steps[t].v[v], in = written[t].v[v], sum = sums[t].v[v];
-#pragma GCC unroll 2
-                        for (int64_t k = 0; k < PAIR; k++) {
-                            state.v[k][v] = exp2(step * rate.v[k][v]) * state.v[k][v] + in * write[t * PAIR + k];
-                            sum += state.v[k][v] * read[t * PAIR + k];
-                        }
-                        sums[t].v[v] = sum;
+            for (int64_t group = 0; group < size.groups(); group++) {
+                Group& slot = states[tile * size.groups() + group];
+                Group state = slot, rate = rates[tile * size.groups() + group];
+                if (kept != nullptr) copy_kept<true>(kept, state, number, group, part, tile, size);
+                const float* write = segment.writes.data() + group * size.segment * RATES;
+                const float* read = segment.reads.data() + group * size.segment * RATES;
+                for (int64_t t = 0; t < segment.length; t++) {
+                    if (segment.starts(t)) state = Group{};
+                    lanes sum = sums[t];
+#pragma GCC unroll 4
+                    for (int64_t k = 0; k < RATES; k++) {
+                        state.of[k] = exp2(steps[t] * rate.of[k]) * state.of[k] + written[t] * write[t * RATES + k];
+                        sum += state.of[k] * read[t * RATES + k];
                     }
+                    sums[t] = sum;
                 }
                 slot = state;
             }
-            for (int64_t t = 0; t < length; t++) put(y + (at + t) * size.channels() + first, sums[t], count);
+            for (int64_t t = 0; t < segment.length; t++) put(y + (segment.row + t) * size.channels() + first, sums[t], count);
         }
     }
 }
 
-template <class T>
-void forward(const T* x, const float* dt, const float* a, const T* b, const T* c, const float* d, const uint8_t* starts, T* y,
-             float* kept, Sizes size, int threads) {
-    int64_t blocks = size.blocks(), parts = size.batch * size.heads * blocks;
+template <class T, class S>
+void forward(const Inputs<T, S>& given, T* y, float* kept, const Sizes& size, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t part = 0; part < parts; part++) {
-        Part own(part / blocks / size.heads, part / blocks % size.heads, part % blocks, size);
-        forward_part(x, dt, a, b, c, d, starts, y, kept, own, size);
-    }
+    for (int64_t part = 0; part < size.parts(); part++) forward_part(given, y, kept, Part(part, size), size);
 }
 
-// Sums of B's and C's gradients over a block of channels, one in each lane.
-struct Shared {
-    lanes write[PAIR], read[PAIR];
+// dx, ddt (B, T, I); da (B, I, N), dd and dbias (B, I): each sequence's own; db, dc (B, T, H, N).
+template <class T, class S>
+struct Gradients {
+    T* dx;
+    S* ddt;
+    float* da;
+    T *db, *dc;
+    float *dd, *dbias;
 };
 
-// One pair of rates of one tile through one segment, forwards: its states and decays, and what C's gradient gets of them.
-inline void again(Pair* states, Pair* decays, Shared* shared, const Row* steps, const Row* written, const Row* dy, const Pair& rate,
-                  const float* write, const uint8_t* start, int64_t length) {
-    Pair state = states[0];
-    for (int64_t t = 0; t < length; t++) {
-        if (start != nullptr && start[t]) state = Pair{};
-        lanes read[PAIR];
-#pragma GCC unroll 2
-        for (int64_t k = 0; k < PAIR; k++) read[k] = shared[t].read[k];
-#pragma GCC unroll 2
-        for (int64_t v = 0; v < VECTORS; v++) {
-            lanes step = steps[t].v[v], in = written[t].v[v], given = dy[t].v[v];
-#pragma GCC unroll 2
-            for (int64_t k = 0; k < PAIR; k++) {
-                lanes decay = exp2(step * rate.v[k][v]);
-                decays[t].v[k][v] = decay;
-                state.v[k][v] = decay * state.v[k][v] + in * write[t * PAIR + k];
-                states[t + 1].v[k][v] = state.v[k][v];
-                read[k] += given * state.v[k][v];
+// The arrays of a segment of a tile in the backward pass.
+struct Room {
+    std::vector<lanes> x, steps, slopes, written, dy, dwritten, dlogs;  // slopes: of softplus
+    std::vector<Group> states, decays;                                  // states: those before each position, and the last
+
+    explicit Room(int64_t length)
+        : x(length), steps(length), slopes(length), written(length), dy(length), dwritten(length), dlogs(length),
+          states(length + 1), decays(length) {}
+
+    template <class T, class S>
+    void enter(const Inputs<T, S>& given, const T* dy_given, const Segment& segment, int64_t first, int64_t count, int64_t channels) {
+        lanes bias = given.bias == nullptr ? lanes{} : fetched(given.bias + first, count);
+        for (int64_t t = 0; t < segment.length; t++) {
+            int64_t at = (segment.row + t) * channels + first;
+            x[t] = fetched(given.x + at, count);
+            dy[t] = fetched(dy_given + at, count);
+            steps[t] = fetched(given.dt + at, count);
+            if (given.bias != nullptr) {
+                slopes[t] = each<sigmoid>(steps[t] + bias);
+                steps[t] = each<softplus>(steps[t] + bias);
             }
+            written[t] = x[t] * steps[t];
+            dwritten[t] = dlogs[t] = lanes{};
         }
-#pragma GCC unroll 2
-        for (int64_t k = 0; k < PAIR; k++) shared[t].read[k] = read[k];
+    }
+};
+
+// Gradients of B and C at a position, a block's sums: each lane its own channels'.
+struct Shared {
+    lanes write[RATES], read[RATES];
+};
+
+// A group of rates through a segment, forwards from states[0]: states and decays, and C's gradient.
+void again(Room& room, Shared* shared, const Group& rates, const float* write, const Segment& segment) {
+    Group *states = room.states.data(), *decays = room.decays.data(), state = states[0], rate = rates;
+    const lanes *steps = room.steps.data(), *written = room.written.data(), *dy = room.dy.data();
+    for (int64_t t = 0; t < segment.length; t++) {
+        if (segment.starts(t)) state = Group{};
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < RATES; k++) {
+            lanes decay = exp2(steps[t] * rate.of[k]);
+            decays[t].of[k] = decay;
+            state.of[k] = decay * state.of[k] + written[t] * write[t * RATES + k];
+            states[t + 1].of[k] = state.of[k];
+            shared[t].read[k] += dy[t] * state.of[k];
+        }
     }
 }
 
-// The same backwards. later: what the state after a position gets from those that follow; dwritten and dsteps: sums over rates,
-// dsteps of what is decayed by times log2(e).
-inline void back(const Pair* states, const Pair* decays, Shared* shared, const Row* steps, const Row* written, const Row* dy,
-                 Row* dwritten, Row* dsteps, const Pair& rate, Pair& drate, Pair& later, const float* write, const float* read,
-                 const uint8_t* start, int64_t length) {
-    Pair after = later, total = drate;
-    for (int64_t t = length - 1; t >= 0; t--) {
-        bool starts = start != nullptr && start[t];
-        lanes wrote[PAIR];
-#pragma GCC unroll 2
-        for (int64_t k = 0; k < PAIR; k++) wrote[k] = shared[t].write[k];
-#pragma GCC unroll 2
-        for (int64_t v = 0; v < VECTORS; v++) {
-            lanes step = steps[t].v[v], in = written[t].v[v], given = dy[t].v[v], din = dwritten[t].v[v], dstep = dsteps[t].v[v];
-#pragma GCC unroll 2
-            for (int64_t k = 0; k < PAIR; k++) {
-                lanes dstate = after.v[k][v] + given * read[t * PAIR + k];
-                wrote[k] += in * dstate;
-                din += dstate * write[t * PAIR + k];
-                after.v[k][v] = decays[t].v[k][v] * dstate;
-                lanes dlog = after.v[k][v] * states[t].v[k][v];
-                if (starts) dlog = lanes{};
-                dstep += dlog * rate.v[k][v];
-                total.v[k][v] += dlog * step;
-            }
-            dwritten[t].v[v] = din;
-            dsteps[t].v[v] = dstep;
+// The same backwards. later: what the state after the segment gets from the positions that follow, then the one before it.
+void back(Room& room, Shared* shared, const Group& rates, Group& drate, Group& later, const float* write, const float* read,
+          const Segment& segment) {
+    const Group *states = room.states.data(), *decays = room.decays.data();
+    const lanes *steps = room.steps.data(), *written = room.written.data(), *dy = room.dy.data();
+    Group after = later, total = drate, rate = rates;
+    for (int64_t t = segment.length - 1; t >= 0; t--) {
+        lanes dwritten = room.dwritten[t], dlogs = room.dlogs[t];
+        bool starts = segment.starts(t);
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < RATES; k++) {
+            lanes dstate = after.of[k] + dy[t] * read[t * RATES + k];
+            shared[t].write[k] += written[t] * dstate;
+            dwritten += dstate * write[t * RATES + k];
+            after.of[k] = decays[t].of[k] * dstate;
+            lanes dlog = after.of[k] * states[t].of[k];
+            if (starts) dlog = lanes{};
+            dlogs += dlog * rate.of[k];
+            total.of[k] += dlog * steps[t];
         }
-        if (starts) after = Pair{};
-#pragma GCC unroll 2
-        for (int64_t k = 0; k < PAIR; k++) shared[t].write[k] = wrote[k];
+        if (starts) after = Group{};  // what was before it decays to nothing, whatever the step
+        room.dwritten[t] = dwritten, room.dlogs[t] = dlogs;
     }
     later = after, drate = total;
 }
 
-// da (B, I, N) and dd (B, I): each sequence's own. db and dc (B, H, blocks, T, N): each block's own.
-template <class T>
-void backward_part(const T* dy, const T* x, const float* dt, const float* a, const T* b, const T* c, const float* d,
-                   const uint8_t* starts, float* kept, T* dx, float* ddt, float* da, float* db, float* dc, float* dd, Part part,
-                   Sizes size) {
-    int64_t pairs = size.pairs();
-    std::vector<Pair> rates = rates_of(a, part, size), drates(part.tiles * pairs, Pair{}), later(part.tiles * pairs, Pair{});
-    std::vector<Pair> states(size.segment + 1), decays(size.segment);
-    std::vector<Row> in(size.segment), steps(size.segment), written(size.segment), given(size.segment);
-    std::vector<Row> dwritten(size.segment), dsteps(size.segment), dskip(part.tiles, Row{});
-    std::vector<float> writes(pairs * size.segment * PAIR), reads(writes.size());
-    std::vector<Shared> shared(pairs * size.segment);
-    for (int64_t segment = size.segments() - 1; segment >= 0; segment--) {
-        int64_t begin = segment * size.segment, length = std::min(size.segment, size.length - begin);
-        int64_t at = part.sequence * size.length + begin;
-        const uint8_t* start = starts == nullptr ? nullptr : starts + at;
-        fetch_pairs(writes.data(), b + part.sequence * size.b_sequence + begin * size.b_row + part.head * size.b_head, size.b_row,
-                    length, size);
-        fetch_pairs(reads.data(), c + part.sequence * size.c_sequence + begin * size.c_row + part.head * size.c_head, size.c_row,
-                    length, size);
+// db, dc (B, H, blocks, T, N): each block's own.
+template <class T, class S>
+void backward_part(const T* dy, const Inputs<T, S>& given, float* kept, const Gradients<T, S>& made, float* db, float* dc,
+                   const Part& part, const Sizes& size) {
+    int64_t groups = size.groups();
+    std::vector<Group> rates = rates_of(given.a, part, size), drates(rates.size(), Group{}), later(rates.size(), Group{});
+    std::vector<lanes> dskip(part.tiles, lanes{}), dbias(part.tiles, lanes{});
+    std::vector<Shared> shared(groups * size.segment);
+    Segment segment(size);
+    Room room(size.segment);
+    for (int64_t number = size.segments() - 1; number >= 0; number--) {
+        segment.enter(number, given, part, size);
         std::fill(shared.begin(), shared.end(), Shared{});
         for (int64_t tile = 0; tile < part.tiles; tile++) {
-            int64_t count = part.tile_count(tile), first = part.first + tile * TILE;
-            Row skip;
-            fetch(skip, d + first, count);
-            for (int64_t t = 0; t < length; t++) {
-                int64_t row = (at + t) * size.channels() + first;
-                fetch(in[t], x + row, count);
-                fetch(steps[t], dt + row, count);
-                fetch(given[t], dy + row, count);
-                for (int64_t v = 0; v < VECTORS; v++) {
-                    written[t].v[v] = in[t].v[v] * steps[t].v[v];
-                    dskip[tile].v[v] += in[t].v[v] * given[t].v[v];
-                }
-                dwritten[t] = dsteps[t] = Row{};
+            int64_t count = part.tile_count(tile), first = part.first + tile * LANES;
+            room.enter(given, dy, segment, first, count, size.channels());
+            for (int64_t group = 0; group < groups; group++) {
+                int64_t one = tile * groups + group, at = group * size.segment;
+                const float *write = segment.writes.data() + at * RATES, *read = segment.reads.data() + at * RATES;
+                room.states[0] = Group{};
+                copy_kept<false>(kept, room.states[0], number, group, part, tile, size);
+                again(room, shared.data() + at, rates[one], write, segment);
+                back(room, shared.data() + at, rates[one], drates[one], later[one], write, read, segment);
             }
-            for (int64_t pair = 0; pair < pairs; pair++) {
-                const float *write = writes.data() + pair * size.segment * PAIR, *read = reads.data() + pair * size.segment * PAIR;
-                Shared* own = shared.data() + pair * size.segment;
-                const Pair& rate = rates[tile * pairs + pair];
-                states[0] = recalled(kept, segment, pair, part, tile, size);
-                again(states.data(), decays.data(), own, steps.data(), written.data(), given.data(), rate, write, start, length);
-                back(states.data(), decays.data(), own, steps.data(), written.data(), given.data(), dwritten.data(), dsteps.data(),
-                     rate, drates[tile * pairs + pair], later[tile * pairs + pair], write, read, start, length);
-            }
-            for (int64_t t = 0; t < length; t++) {
-                int64_t row = (at + t) * size.channels() + first;
-                for (int64_t v = 0; v < VECTORS; v++) {
-                    lanes dwrite = dwritten[t].v[v];
-                    dwritten[t].v[v] = dwrite * steps[t].v[v] + given[t].v[v] * skip.v[v];
-                    dsteps[t].v[v] = dwrite * in[t].v[v] + dsteps[t].v[v] * (1.0f / LOG2_E);
-                }
-                put(dx + row, dwritten[t], count);
-                put(ddt + row, dsteps[t], count);
+            lanes skip = fetched(given.d + first, count);
+            for (int64_t t = 0; t < segment.length; t++) {
+                int64_t at = (segment.row + t) * size.channels() + first;
+                lanes dstep = room.dwritten[t] * room.x[t] + room.dlogs[t] * (1.0f / LOG2_E);
+                if (given.bias != nullptr) dstep *= room.slopes[t];
+                dskip[tile] += room.x[t] * room.dy[t];
+                dbias[tile] += dstep;
+                put(made.dx + at, room.dwritten[t] * room.steps[t] + room.dy[t] * skip, count);
+                put(made.ddt + at, dstep, count);
             }
         }
-        int64_t own = ((part.sequence * size.heads + part.head) * size.blocks() + part.block) * size.length + begin;
-        for (int64_t t = 0; t < length; t++) {
+        int64_t row = ((part.sequence * size.heads + part.head) * size.blocks() + part.block) * size.length + segment.begin;
+        for (int64_t t = 0; t < segment.length; t++) {
             for (int64_t n = 0; n < size.state; n++) {
-                const Shared& sums = shared[n / PAIR * size.segment + t];
-                db[(own + t) * size.state + n] = sum_of(sums.write[n % PAIR]);
-                dc[(own + t) * size.state + n] = sum_of(sums.read[n % PAIR]);
+                const Shared& sums = shared[n / RATES * size.segment + t];
+                db[(row + t) * size.state + n] = sum_of(sums.write[n % RATES]);
+                dc[(row + t) * size.state + n] = sum_of(sums.read[n % RATES]);
             }
         }
     }
-    for (int64_t i = 0; i < part.count; i++) {
-        int64_t channel = part.sequence * size.channels() + part.first + i, tile = i / TILE;
-        dd[channel] = dskip[tile].v[i % TILE / LANES][i % LANES];
-        for (int64_t n = 0; n < size.state; n++)
-            da[channel * size.state + n] = drates[tile * pairs + n / PAIR].v[n % PAIR][i % TILE / LANES][i % LANES];
+    for (int64_t tile = 0; tile < part.tiles; tile++) {
+        int64_t first = part.sequence * size.channels() + part.first + tile * LANES, count = part.tile_count(tile);
+        put(made.dd + first, dskip[tile], count);
+        if (given.bias != nullptr) put(made.dbias + first, dbias[tile], count);
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t n = 0; n < size.state; n++)
+                made.da[(first + i) * size.state + n] = drates[tile * groups + n / RATES].of[n % RATES][i];
     }
 }
 
 // to (B, T, H, N): the sums of (B, H, blocks, T, N) over blocks.
 template <class T>
-void add_blocks(T* to, const float* from, Sizes size, int threads) {
+void add_blocks(T* to, const float* from, const Sizes& size, int threads) {
+    int64_t block = size.length * size.state;
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int64_t b = 0; b < size.batch; b++) {
         for (int64_t t = 0; t < size.length; t++) {
             for (int64_t h = 0; h < size.heads; h++) {
+                const float* own = from + (b * size.heads + h) * size.blocks() * block + t * size.state;
                 for (int64_t n = 0; n < size.state; n++) {
                     float sum = 0.0f;
-                    for (int64_t block = 0; block < size.blocks(); block++)
-                        sum += from[(((b * size.heads + h) * size.blocks() + block) * size.length + t) * size.state + n];
+                    for (int64_t number = 0; number < size.blocks(); number++) sum += own[number * block + n];
                     to[((b * size.length + t) * size.heads + h) * size.state + n] = stored<T>(sum);
                 }
             }
@@ -373,39 +401,35 @@ void add_blocks(T* to, const float* from, Sizes size, int threads) {
     }
 }
 
-// dx, ddt (B, T, I); da (B, I, N) and dd (B, I): each sequence's own; db, dc (B, T, H, N).
-template <class T>
-void backward(const T* dy, const T* x, const float* dt, const float* a, const T* b, const T* c, const float* d,
-              const uint8_t* starts, float* kept, T* dx, float* ddt, float* da, T* db, T* dc, float* dd, Sizes size, int threads) {
-    int64_t blocks = size.blocks(), parts = size.batch * size.heads * blocks;
-    // Not a vector: it would be filled with zeros first.
-    std::unique_ptr<float[]> db_blocks(new float[parts * size.length * size.state]);
-    std::unique_ptr<float[]> dc_blocks(new float[parts * size.length * size.state]);
+template <class T, class S>
+void backward(const T* dy, const Inputs<T, S>& given, float* kept, const Gradients<T, S>& made, const Sizes& size, int threads) {
+    int64_t count = size.parts() * size.length * size.state;
+    std::unique_ptr<float[]> db(new float[count]), dc(new float[count]);  // a vector would be filled with zeros first
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t part = 0; part < parts; part++) {
-        Part own(part / blocks / size.heads, part / blocks % size.heads, part % blocks, size);
-        backward_part(dy, x, dt, a, b, c, d, starts, kept, dx, ddt, da, db_blocks.get(), dc_blocks.get(), dd, own, size);
-    }
-    add_blocks(db, db_blocks.get(), size, threads);
-    add_blocks(dc, dc_blocks.get(), size, threads);
+    for (int64_t part = 0; part < size.parts(); part++)
+        backward_part(dy, given, kept, made, db.get(), dc.get(), Part(part, size), size);
+    add_blocks(made.db, db.get(), size, threads);
+    add_blocks(made.dc, dc.get(), size, threads);
 }
 
 }  // namespace
 
-#define SIZES                                                                                                                   \
-    int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t state, int64_t b_sequence, int64_t b_row,              \
+#define INPUTS(T, S)                                                                                                           \
+    const T *x, const S *dt, const float *a, const T *b, const T *c, const float *d, const float *bias, const uint8_t *starts
+#define SIZES                                                                                                                  \
+    int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t state, int64_t b_sequence, int64_t b_row,             \
         int64_t b_head, int64_t c_sequence, int64_t c_row, int64_t c_head, int64_t segment, int64_t threads
-#define GIVEN                                                                                                                   \
-    { batch, length, heads, width, state, b_sequence, b_row, b_head, c_sequence, c_row, c_head, segment }
-#define EXPORT(T, NAME)                                                                                                         \
-    extern "C" void forward_##NAME(const T* x, const float* dt, const float* a, const T* b, const T* c, const float* d,         \
-                                   const uint8_t* starts, T* y, float* kept, SIZES) {                                           \
-        forward(x, dt, a, b, c, d, starts, y, kept, GIVEN, threads);                                                            \
-    }                                                                                                                           \
-    extern "C" void backward_##NAME(const T* dy, const T* x, const float* dt, const float* a, const T* b, const T* c,           \
-                                    const float* d, const uint8_t* starts, float* kept, T* dx, float* ddt, float* da, T* db,    \
-                                    T* dc, float* dd, SIZES) {                                                                  \
-        backward(dy, x, dt, a, b, c, d, starts, kept, dx, ddt, da, db, dc, dd, GIVEN, threads);                                 \
+#define SIZE                                                                                                                   \
+    Sizes { batch, length, heads, width, state, b_sequence, b_row, b_head, c_sequence, c_row, c_head, segment }
+#define EXPORT(T, S, FORWARD, BACKWARD)                                                                                        \
+    extern "C" void FORWARD(INPUTS(T, S), T* y, float* kept, SIZES) {                                                          \
+        forward(Inputs<T, S>{x, dt, a, b, c, d, bias, starts}, y, kept, SIZE, threads);                                        \
+    }                                                                                                                          \
+    extern "C" void BACKWARD(const T* dy, INPUTS(T, S), float* kept, T* dx, S* ddt, float* da, T* db, T* dc, float* dd,        \
+                             float* dbias, SIZES) {                                                                            \
+        Inputs<T, S> given{x, dt, a, b, c, d, bias, starts};                                                                   \
+        backward(dy, given, kept, Gradients<T, S>{dx, ddt, da, db, dc, dd, dbias}, SIZE, threads);                             \
     }
-EXPORT(float, f32)
-EXPORT(bf16, bf16)
+EXPORT(float, float, forward_f32, backward_f32)
+EXPORT(bf16, float, forward_bf16, backward_bf16)
+EXPORT(bf16, bf16, forward_all_bf16, backward_all_bf16)

@@ -16,15 +16,18 @@ def selective_scan(
     b_BTHN: Tensor,
     c_BTHN: Tensor,
     d_I: Tensor,
+    dt_bias_I: Tensor | None = None,
     documents_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, I) and the last state (B, I, N): S_t = exp(dt_t a) S_{t-1} + dt_t x_t B_t, y_t = S_t C_t + d x_t.
 
-    S is zero before every document; the channels of a head share its B and C.
+    S is zero before every document; the channels of a head share its B and C. With dt_bias, dt is softplus(dt + dt_bias).
     Source: Mamba (arXiv:2312.00752), eq. (2a), (2b) and algorithm 2, with A discretised by eq. (4) and B as dt B, its
     first-order form, which the published code uses.
     """
     batch, length, inner = x_BTI.shape
+    if dt_bias_I is not None:
+        dt_BTI = torch.nn.functional.softplus(dt_BTI + dt_bias_I)
     width = inner // b_BTHN.shape[2]
     b_BTIN, c_BTIN = b_BTHN.repeat_interleave(width, dim=2), c_BTHN.repeat_interleave(width, dim=2)
     state_BIN = x_BTI.new_zeros(batch, inner, a_IN.shape[1])
