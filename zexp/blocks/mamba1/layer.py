@@ -64,9 +64,8 @@ class Layer(BlockLayer):
         x_BTI, z_BTI = self.in_proj(x_BTD).chunk(2, dim=-1)
         x_BTI = self.kernels.causal_conv1d(x_BTI, self.conv_weight, self.conv_bias, context.documents)
         dt_BTI, b_BTHN, c_BTHN = self._selected(x_BTI)
-        inputs = (x_BTI, dt_BTI, self._rates(), b_BTHN, c_BTHN, self.D, self.dt_bias)
-        y_BTI = self.kernels.selective_scan(*inputs, documents=context.documents)
-        return self.out_proj(y_BTI * F.silu(z_BTI))
+        inputs = (x_BTI, dt_BTI, self._rates(), b_BTHN, c_BTHN, self.D, self.dt_bias, z_BTI)
+        return self.out_proj(self.kernels.selective_scan(*inputs, documents=context.documents))
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:
         inner, size = self.A_log.shape

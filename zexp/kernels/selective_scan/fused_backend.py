@@ -33,6 +33,7 @@ def mamba_ssm() -> dict[str, Fused]:
         c_BTHN: Tensor,
         d_I: Tensor,
         dt_bias_I: Tensor | None = None,
+        z_BTI: Tensor | None = None,
         *,
         documents: Documents | None = None,
     ) -> Tensor:
@@ -49,7 +50,8 @@ def mamba_ssm() -> dict[str, Fused]:
             y_BIT: Tensor = selective_scan_fn(
                 scanned.transpose(1, 2).contiguous(), dt.transpose(1, 2).contiguous(), a.contiguous(), b, c
             )
-            return torch.addcmul(y_BIT.transpose(1, 2), x, d).to(x_BTI.dtype)
+            y = torch.addcmul(y_BIT.transpose(1, 2), x, d).to(x_BTI.dtype)
+        return y if z_BTI is None else y * torch.nn.functional.silu(z_BTI)
 
     return {"selective_scan": Fused(run, refuses)}
 
@@ -62,6 +64,7 @@ def refuses(
     c_BTHN: Tensor,
     d_I: Tensor,
     dt_bias_I: Tensor | None = None,
+    z_BTI: Tensor | None = None,
     *,
     documents: Documents | None = None,
 ) -> str | None:

@@ -2,8 +2,8 @@
 //
 // B batch · T positions · I inner channels · H heads · P channels of a head (I / H) · N state size · M segments of positions
 //
-// A tile of channels lies side by side in a vector. It goes through a segment of positions with four of its N rates at a time, whose
-// states stay in registers: a decay is computed where it is used. The state that enters a segment is kept; the backward pass
+// A tile of channels lies side by side in a vector. It goes through a segment of positions with four of its N rates at a time,
+// whose states stay in registers: a decay is computed where it is used. The state that enters a segment is kept; the backward pass
 // computes the segment's states and decays again, into arrays that stay in the cache, and goes back through them.
 //
 // Gradients of B and C are sums over channels: each lane of a vector sums its own ones of a block of channels, the lanes are added
@@ -29,6 +29,7 @@ struct Sizes {
     int64_t batch, length, heads, width, state;  // B, T, H, P, N
     int64_t b_sequence, b_row, b_head;           // elements of B between sequences, positions and heads
     int64_t c_sequence, c_row, c_head;
+    int64_t z_sequence, z_row;
     int64_t segment;                             // positions between two kept states
 
     int64_t channels() const { return heads * width; }
@@ -113,7 +114,7 @@ inline lanes each(lanes row) {
 }
 
 // x and y (B, T, I) and B and C in T, dt (B, T, I) in S; a (I, N), d (I); bias (I) or null: dt is softplus of what is given, with
-// the bias; starts (B, T) or null: where a document starts.
+// the bias; z (B, T, I), or null: what is scanned is multiplied by silu(z); starts (B, T) or null: where a document starts.
 template <class T, class S>
 struct Inputs {
     const T* x;
@@ -121,6 +122,7 @@ struct Inputs {
     const float* a;
     const T *b, *c;
     const float *d, *bias;
+    const T* z;
     const uint8_t* starts;
 };
 
@@ -172,6 +174,9 @@ struct Segment {
         fetch(reads, given.c + part.sequence * size.c_sequence + begin * size.c_row + part.head * size.c_head, size.c_row, size);
     }
     bool starts(int64_t t) const { return start != nullptr && start[t]; }
+    int64_t z_at(int64_t t, const Part& part, const Sizes& size) const {
+        return part.sequence * size.z_sequence + (begin + t) * size.z_row;
+    }
 
   private:
     template <class T>
@@ -205,7 +210,8 @@ void forward_part(const Inputs<T, S>& given, T* y, float* kept, const Part& part
         segment.enter(number, given, part, size);
         for (int64_t tile = 0; tile < part.tiles; tile++) {
             int64_t count = part.tile_count(tile), first = part.first + tile * LANES;
-            lanes skip = fetched(given.d + first, count), bias = given.bias == nullptr ? lanes{} : fetched(given.bias + first, count);
+            lanes skip = fetched(given.d + first, count);
+            lanes bias = given.bias == nullptr ? lanes{} : fetched(given.bias + first, count);
             for (int64_t t = 0; t < segment.length; t++) {
                 int64_t at = (segment.row + t) * size.channels() + first;
                 lanes x = fetched(given.x + at, count);
@@ -232,7 +238,13 @@ void forward_part(const Inputs<T, S>& given, T* y, float* kept, const Part& part
                 }
                 slot = state;
             }
-            for (int64_t t = 0; t < segment.length; t++) put(y + (segment.row + t) * size.channels() + first, sums[t], count);
+            for (int64_t t = 0; t < segment.length; t++) {
+                if (given.z != nullptr) {
+                    lanes z = fetched(given.z + segment.z_at(t, part, size) + first, count);
+                    sums[t] *= z * each<sigmoid>(z);
+                }
+                put(y + (segment.row + t) * size.channels() + first, sums[t], count);
+            }
         }
     }
 }
@@ -243,7 +255,7 @@ void forward(const Inputs<T, S>& given, T* y, float* kept, const Sizes& size, in
     for (int64_t part = 0; part < size.parts(); part++) forward_part(given, y, kept, Part(part, size), size);
 }
 
-// dx, ddt (B, T, I); da (B, I, N), dd and dbias (B, I): each sequence's own; db, dc (B, T, H, N).
+// dx, ddt, dz (B, T, I); da (B, I, N), dd and dbias (B, I): each sequence's own; db, dc (B, T, H, N).
 template <class T, class S>
 struct Gradients {
     T* dx;
@@ -251,28 +263,37 @@ struct Gradients {
     float* da;
     T *db, *dc;
     float *dd, *dbias;
+    T* dz;
 };
 
 // The arrays of a segment of a tile in the backward pass.
 struct Room {
-    std::vector<lanes> x, steps, slopes, written, dy, dwritten, dlogs;  // slopes: of softplus
-    std::vector<Group> states, decays;                                  // states: those before each position, and the last
+    std::vector<lanes> x, steps, slopes, written, dy, y, dgate, dwritten, dlogs;  // slopes: of softplus; dgate: dz / y
+    std::vector<Group> states, decays;  // states: those before each position, and the last
 
     explicit Room(int64_t length)
-        : x(length), steps(length), slopes(length), written(length), dy(length), dwritten(length), dlogs(length),
-          states(length + 1), decays(length) {}
+        : x(length), steps(length), slopes(length), written(length), dy(length), y(length), dgate(length),
+          dwritten(length), dlogs(length), states(length + 1), decays(length) {}
 
     template <class T, class S>
-    void enter(const Inputs<T, S>& given, const T* dy_given, const Segment& segment, int64_t first, int64_t count, int64_t channels) {
-        lanes bias = given.bias == nullptr ? lanes{} : fetched(given.bias + first, count);
+    void enter(const Inputs<T, S>& given, const T* dy_given, const Segment& segment, const Part& part, int64_t tile,
+               const Sizes& size) {
+        int64_t first = part.first + tile * LANES, count = part.tile_count(tile);
+        lanes bias = given.bias == nullptr ? lanes{} : fetched(given.bias + first, count), skip = fetched(given.d + first, count);
         for (int64_t t = 0; t < segment.length; t++) {
-            int64_t at = (segment.row + t) * channels + first;
+            int64_t at = (segment.row + t) * size.channels() + first;
             x[t] = fetched(given.x + at, count);
             dy[t] = fetched(dy_given + at, count);
             steps[t] = fetched(given.dt + at, count);
             if (given.bias != nullptr) {
                 slopes[t] = each<sigmoid>(steps[t] + bias);
                 steps[t] = each<softplus>(steps[t] + bias);
+            }
+            if (given.z != nullptr) {
+                lanes z = fetched(given.z + segment.z_at(t, part, size) + first, count), s = each<sigmoid>(z);
+                y[t] = x[t] * skip;
+                dgate[t] = dy[t] * (s + z * s * (1.0f - s));
+                dy[t] *= z * s;
             }
             written[t] = x[t] * steps[t];
             dwritten[t] = dlogs[t] = lanes{};
@@ -285,12 +306,14 @@ struct Shared {
     lanes write[RATES], read[RATES];
 };
 
-// A group of rates through a segment, forwards from states[0]: states and decays, and C's gradient.
-void again(Room& room, Shared* shared, const Group& rates, const float* write, const Segment& segment) {
+// A group of rates through a segment, forwards from states[0]: states and decays, C's gradient, and what is scanned if it is gated.
+template <bool GATED>
+void again(Room& room, Shared* shared, const Group& rates, const float* write, const float* read, const Segment& segment) {
     Group *states = room.states.data(), *decays = room.decays.data(), state = states[0], rate = rates;
     const lanes *steps = room.steps.data(), *written = room.written.data(), *dy = room.dy.data();
     for (int64_t t = 0; t < segment.length; t++) {
         if (segment.starts(t)) state = Group{};
+        lanes y = room.y[t];
 #pragma GCC unroll 4
         for (int64_t k = 0; k < RATES; k++) {
             lanes decay = exp2(steps[t] * rate.of[k]);
@@ -298,7 +321,9 @@ void again(Room& room, Shared* shared, const Group& rates, const float* write, c
             state.of[k] = decay * state.of[k] + written[t] * write[t * RATES + k];
             states[t + 1].of[k] = state.of[k];
             shared[t].read[k] += dy[t] * state.of[k];
+            if (GATED) y += state.of[k] * read[t * RATES + k];
         }
+        if (GATED) room.y[t] = y;
     }
 }
 
@@ -343,13 +368,13 @@ void backward_part(const T* dy, const Inputs<T, S>& given, float* kept, const Gr
         std::fill(shared.begin(), shared.end(), Shared{});
         for (int64_t tile = 0; tile < part.tiles; tile++) {
             int64_t count = part.tile_count(tile), first = part.first + tile * LANES;
-            room.enter(given, dy, segment, first, count, size.channels());
+            room.enter(given, dy, segment, part, tile, size);
             for (int64_t group = 0; group < groups; group++) {
                 int64_t one = tile * groups + group, at = group * size.segment;
                 const float *write = segment.writes.data() + at * RATES, *read = segment.reads.data() + at * RATES;
                 room.states[0] = Group{};
                 copy_kept<false>(kept, room.states[0], number, group, part, tile, size);
-                again(room, shared.data() + at, rates[one], write, segment);
+                (given.z == nullptr ? again<false> : again<true>)(room, shared.data() + at, rates[one], write, read, segment);
                 back(room, shared.data() + at, rates[one], drates[one], later[one], write, read, segment);
             }
             lanes skip = fetched(given.d + first, count);
@@ -361,6 +386,7 @@ void backward_part(const T* dy, const Inputs<T, S>& given, float* kept, const Gr
                 dbias[tile] += dstep;
                 put(made.dx + at, room.dwritten[t] * room.steps[t] + room.dy[t] * skip, count);
                 put(made.ddt + at, dstep, count);
+                if (given.z != nullptr) put(made.dz + at, room.dgate[t] * room.y[t], count);
             }
         }
         int64_t row = ((part.sequence * size.heads + part.head) * size.blocks() + part.block) * size.length + segment.begin;
@@ -415,20 +441,22 @@ void backward(const T* dy, const Inputs<T, S>& given, float* kept, const Gradien
 }  // namespace
 
 #define INPUTS(T, S)                                                                                                           \
-    const T *x, const S *dt, const float *a, const T *b, const T *c, const float *d, const float *bias, const uint8_t *starts
+    const T *x, const S *dt, const float *a, const T *b, const T *c, const float *d, const float *bias, const T *z,    \
+        const uint8_t *starts
 #define SIZES                                                                                                                  \
     int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t state, int64_t b_sequence, int64_t b_row,             \
-        int64_t b_head, int64_t c_sequence, int64_t c_row, int64_t c_head, int64_t segment, int64_t threads
+        int64_t b_head, int64_t c_sequence, int64_t c_row, int64_t c_head, int64_t z_sequence, int64_t z_row, int64_t segment,     \
+        int64_t threads
 #define SIZE                                                                                                                   \
-    Sizes { batch, length, heads, width, state, b_sequence, b_row, b_head, c_sequence, c_row, c_head, segment }
+    Sizes { batch, length, heads, width, state, b_sequence, b_row, b_head, c_sequence, c_row, c_head, z_sequence, z_row, segment }
 #define EXPORT(T, S, FORWARD, BACKWARD)                                                                                        \
     extern "C" void FORWARD(INPUTS(T, S), T* y, float* kept, SIZES) {                                                          \
-        forward(Inputs<T, S>{x, dt, a, b, c, d, bias, starts}, y, kept, SIZE, threads);                                        \
+        forward(Inputs<T, S>{x, dt, a, b, c, d, bias, z, starts}, y, kept, SIZE, threads);                                        \
     }                                                                                                                          \
     extern "C" void BACKWARD(const T* dy, INPUTS(T, S), float* kept, T* dx, S* ddt, float* da, T* db, T* dc, float* dd,        \
-                             float* dbias, SIZES) {                                                                            \
-        Inputs<T, S> given{x, dt, a, b, c, d, bias, starts};                                                                   \
-        backward(dy, given, kept, Gradients<T, S>{dx, ddt, da, db, dc, dd, dbias}, SIZE, threads);                             \
+                             float* dbias, T* dz, SIZES) {                                                                     \
+        Inputs<T, S> given{x, dt, a, b, c, d, bias, z, starts};                                                                   \
+        backward(dy, given, kept, Gradients<T, S>{dx, ddt, da, db, dc, dd, dbias, dz}, SIZE, threads);                             \
     }
 EXPORT(float, float, forward_f32, backward_f32)
 EXPORT(bf16, float, forward_bf16, backward_bf16)
