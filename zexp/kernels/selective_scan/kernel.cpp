@@ -441,22 +441,22 @@ void backward(const T* dy, const Inputs<T, S>& given, float* kept, const Gradien
 }  // namespace
 
 #define INPUTS(T, S)                                                                                                           \
-    const T *x, const S *dt, const float *a, const T *b, const T *c, const float *d, const float *bias, const T *z,    \
+    const T *x, const S *dt, const float *a, const T *b, const T *c, const float *d, const float *bias, const T *z,            \
         const uint8_t *starts
 #define SIZES                                                                                                                  \
     int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t state, int64_t b_sequence, int64_t b_row,             \
-        int64_t b_head, int64_t c_sequence, int64_t c_row, int64_t c_head, int64_t z_sequence, int64_t z_row, int64_t segment,     \
+        int64_t b_head, int64_t c_sequence, int64_t c_row, int64_t c_head, int64_t z_sequence, int64_t z_row, int64_t segment, \
         int64_t threads
 #define SIZE                                                                                                                   \
     Sizes { batch, length, heads, width, state, b_sequence, b_row, b_head, c_sequence, c_row, c_head, z_sequence, z_row, segment }
 #define EXPORT(T, S, FORWARD, BACKWARD)                                                                                        \
     extern "C" void FORWARD(INPUTS(T, S), T* y, float* kept, SIZES) {                                                          \
-        forward(Inputs<T, S>{x, dt, a, b, c, d, bias, z, starts}, y, kept, SIZE, threads);                                        \
+        forward(Inputs<T, S>{x, dt, a, b, c, d, bias, z, starts}, y, kept, SIZE, threads);                                     \
     }                                                                                                                          \
     extern "C" void BACKWARD(const T* dy, INPUTS(T, S), float* kept, T* dx, S* ddt, float* da, T* db, T* dc, float* dd,        \
                              float* dbias, T* dz, SIZES) {                                                                     \
-        Inputs<T, S> given{x, dt, a, b, c, d, bias, z, starts};                                                                   \
-        backward(dy, given, kept, Gradients<T, S>{dx, ddt, da, db, dc, dd, dbias, dz}, SIZE, threads);                             \
+        Inputs<T, S> given{x, dt, a, b, c, d, bias, z, starts};                                                                \
+        backward(dy, given, kept, Gradients<T, S>{dx, ddt, da, db, dc, dd, dbias, dz}, SIZE, threads);                         \
     }
 EXPORT(float, float, forward_f32, backward_f32)
 EXPORT(bf16, float, forward_bf16, backward_bf16)
