@@ -109,15 +109,16 @@ def _ssd(randn: Randn, b: int, t: int, h: int, p: int, g: int, n: int) -> Sample
     )
 
 
-def _selective_scan(randn: Randn, b: int, t: int, i: int, h: int, n: int) -> Sample:
+def _selective_scan(randn: Randn, b: int, t: int, i: int, h: int, n: int, bias: bool = False, gated: bool = False) -> Sample:
     a = -torch.arange(1, n + 1).float().expand(i, n).contiguous()
+    dt = randn(b, t, i) if bias else F.softplus(randn(b, t, i) - 3)
     return Sample(
         size={},
         tensors={
-            "x": randn(b, t, i), "dt": F.softplus(randn(b, t, i) - 3), "a": a, "b": randn(b, t, h, n), "c": randn(b, t, h, n),
-            "d": randn(i),
+            "x": randn(b, t, i), "dt": dt, "a": a, "b": randn(b, t, h, n), "c": randn(b, t, h, n), "d": randn(i),
+            "dt_bias": randn(i) - 3 if bias else None, "z": randn(b, t, i) if gated else None,
         },
-        whole=frozenset(("dt", "a", "d")),
+        whole=frozenset(("a", "d", "dt_bias") if bias else ("dt", "a", "d")),
         flops=9.0 * b * t * i * n,
     )  # fmt: skip
 
@@ -236,6 +237,7 @@ CHECKED: dict[str, tuple[Size, ...]] = {
     "selective_scan": (
         {"b": 2, "t": 67, "i": 32, "h": 1, "n": 16},
         {"b": 2, "t": 131, "i": 32, "h": 2, "n": 16, "documents": (60, 1, 41, 29)},
+        {"b": 2, "t": 67, "i": 48, "h": 2, "n": 5, "bias": True, "gated": True},
     ),
     "ssd": (
         {"b": 2, "t": 67, "h": 4, "p": 64, "g": 1, "n": 64},
@@ -259,7 +261,7 @@ TIMED: dict[str, dict[str, Size]] = {
         "norm_gated": {"m": 16384, "d": 4096, "groups": 1},
         "retention": {"b": 4, "t": 4096, "h": 8, "n": 256, "p": 512},
         "rms_norm": {"m": 16384, "d": 2048},
-        "selective_scan": {"b": 4, "t": 4096, "i": 4096, "h": 1, "n": 16},
+        "selective_scan": {"b": 4, "t": 4096, "i": 4096, "h": 1, "n": 16, "bias": True, "gated": True},
         "ssd": {"b": 4, "t": 4096, "h": 64, "p": 64, "g": 1, "n": 128},
         "wkv7": {"b": 4, "t": 4096, "h": 32, "n": 64},
     },
@@ -272,7 +274,7 @@ TIMED: dict[str, dict[str, Size]] = {
         "norm_gated": {"m": 2048, "d": 512, "groups": 1},
         "retention": {"b": 4, "t": 512, "h": 4, "n": 64, "p": 128},
         "rms_norm": {"m": 2048, "d": 256},
-        "selective_scan": {"b": 4, "t": 512, "i": 512, "h": 1, "n": 16},
+        "selective_scan": {"b": 4, "t": 512, "i": 512, "h": 1, "n": 16, "bias": True, "gated": True},
         "ssd": {"b": 4, "t": 512, "h": 8, "p": 64, "g": 1, "n": 64},
         "wkv7": {"b": 4, "t": 512, "h": 4, "n": 64},
     },

@@ -88,7 +88,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 }
 
 CPP = Backend(name="cpp", package=None, modules=(), device="cpu")
-IN_CPP = ("causal_conv1d", "cross_entropy", "gated_norm", "rms_norm", "ssd")
+IN_CPP = ("causal_conv1d", "cross_entropy", "gated_norm", "rms_norm", "selective_scan", "ssd")
 
 
 def candidates(operation: str, kind: str) -> tuple[Backend, ...]:

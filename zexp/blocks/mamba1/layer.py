@@ -64,9 +64,8 @@ class Layer(BlockLayer):
         x_BTI, z_BTI = self.in_proj(x_BTD).chunk(2, dim=-1)
         x_BTI = self.kernels.causal_conv1d(x_BTI, self.conv_weight, self.conv_bias, context.documents)
         dt_BTI, b_BTHN, c_BTHN = self._selected(x_BTI)
-        inputs = (x_BTI, dt_BTI, self._rates(), b_BTHN, c_BTHN, self.D)
-        y_BTI = self.kernels.selective_scan(*inputs, documents=context.documents)
-        return self.out_proj(y_BTI * F.silu(z_BTI))
+        inputs = (x_BTI, dt_BTI, self._rates(), b_BTHN, c_BTHN, self.D, self.dt_bias, z_BTI)
+        return self.out_proj(self.kernels.selective_scan(*inputs, documents=context.documents))
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:
         inner, size = self.A_log.shape
@@ -82,6 +81,7 @@ class Layer(BlockLayer):
         x_BTI, z_BTI = self.in_proj(x_BTD).chunk(2, dim=-1)
         x_BTI, cache["conv"] = causal_conv1d_continue(x_BTI, self.conv_weight, self.conv_bias, cache["conv"])
         dt_BTI, b_BTHN, c_BTHN = self._selected(x_BTI)
+        dt_BTI = F.softplus(at_least_fp32(dt_BTI) + self.dt_bias)
         y_BTI, cache["state"] = selective_scan_continue(
             x_BTI, dt_BTI, self._rates(), b_BTHN, c_BTHN, self.D, cache["state"]
         )
@@ -92,11 +92,12 @@ class Layer(BlockLayer):
         return -at_least_fp32(self.A_log).exp()
 
     def _selected(self, x_BTI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dt (B, T, I), B and C (B, T, H, N)."""
+        """dt before its bias and softplus (B, T, I), B and C (B, T, H, N)."""
         parts = zip(x_BTI.chunk(self.spec.heads, dim=-1), self.x_proj, strict=True)
-        selected_BTHS = torch.stack([F.linear(part, weight) for part, weight in parts], dim=2)
+        selected = [F.linear(part, weight) for part, weight in parts]
+        selected_BTHS = selected[0][:, :, None] if len(selected) == 1 else torch.stack(selected, dim=2)
         low, b, c = selected_BTHS.split(self.splits, dim=-1)
         if self.norms is not None:
             low, b, c = (norm(part) for norm, part in zip(self.norms, (low, b, c), strict=True))
         steps = [F.linear(part, weight) for part, weight in zip(low.unbind(2), self.dt_proj, strict=True)]
-        return F.softplus(at_least_fp32(torch.cat(steps, dim=-1)) + self.dt_bias), b, c
+        return steps[0] if len(steps) == 1 else torch.cat(steps, dim=-1), b, c

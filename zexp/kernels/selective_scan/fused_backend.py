@@ -32,11 +32,15 @@ def mamba_ssm() -> dict[str, Fused]:
         b_BTHN: Tensor,
         c_BTHN: Tensor,
         d_I: Tensor,
+        dt_bias_I: Tensor | None = None,
+        z_BTI: Tensor | None = None,
         *,
         documents: Documents | None = None,
     ) -> Tensor:
         with torch.autocast(x_BTI.device.type, enabled=False):
             x, dt, a, d = x_BTI.float(), dt_BTI.float(), a_IN.float(), d_I.float()
+            if dt_bias_I is not None:
+                dt = torch.nn.functional.softplus(dt + dt_bias_I)
             scanned = x
             if documents is not None:
                 start_BT1 = documents.starts()[:, :, None]
@@ -46,7 +50,8 @@ def mamba_ssm() -> dict[str, Fused]:
             y_BIT: Tensor = selective_scan_fn(
                 scanned.transpose(1, 2).contiguous(), dt.transpose(1, 2).contiguous(), a.contiguous(), b, c
             )
-            return torch.addcmul(y_BIT.transpose(1, 2), x, d).to(x_BTI.dtype)
+            y = torch.addcmul(y_BIT.transpose(1, 2), x, d).to(x_BTI.dtype)
+        return y if z_BTI is None else y * torch.nn.functional.silu(z_BTI)
 
     return {"selective_scan": Fused(run, refuses)}
 
@@ -58,6 +63,8 @@ def refuses(
     b_BTHN: Tensor,
     c_BTHN: Tensor,
     d_I: Tensor,
+    dt_bias_I: Tensor | None = None,
+    z_BTI: Tensor | None = None,
     *,
     documents: Documents | None = None,
 ) -> str | None:

@@ -41,17 +41,23 @@ def selective_scan(
     b_BTHN: Tensor,
     c_BTHN: Tensor,
     d_I: Tensor,
+    dt_bias_I: Tensor | None = None,
+    z_BTI: Tensor | None = None,
     *,
     documents: Documents | None = None,
 ) -> Tensor:
     """The selective state space of Mamba-1, (B, T, I), in x's dtype; arithmetic in fp32 at least.
 
     S_t = exp(dt_t a) S_{t-1} + dt_t x_t B_t, y_t = S_t C_t + d x_t. dt is positive, a negative. The I / H channels of a
-    head share its B and C. documents: the state is zero before every document.
+    head share its B and C. documents: the state is zero before every document. dt_bias: dt is softplus(dt + dt_bias) instead.
+    z: what is returned is y silu(z).
     """
+    if dt_bias_I is not None:
+        dt_BTI = torch.nn.functional.softplus(at_least_fp32(dt_BTI) + dt_bias_I)
     x, dt, a, b, c, d = (at_least_fp32(tensor) for tensor in (x_BTI, dt_BTI, a_IN, b_BTHN, c_BTHN, d_I))
     with torch.autocast(x.device.type, enabled=False):
-        return _SelectiveScan.apply(x, dt, a, b, c, d, documents).to(x_BTI.dtype)
+        y = _SelectiveScan.apply(x, dt, a, b, c, d, documents).to(x_BTI.dtype)
+    return y if z_BTI is None else y * torch.nn.functional.silu(z_BTI)
 
 
 @torch.no_grad()
