@@ -28,12 +28,13 @@ def table(**options):
     return kernels.run("cpu", seconds=0.0, sizes=SMALL, **options)
 
 
-def test_on_a_cpu_torch_is_measured_and_the_others_say_why_not():
+def test_on_a_cpu_torch_and_cpp_are_measured_and_the_others_say_why_not():
     found = table()
     assert {row["function"] for row in found["rows"]} == set(SMALL)
     for row in found["rows"]:
-        if row["backend"] == "torch":
-            assert row["taken"] and row["error"]["gradient"] < 1e-5
+        if row["backend"] in ("torch", "cpp"):
+            assert row["taken"] == (row["backend"] == "cpp" or row["operation"] not in select.IN_CPP)
+            assert row["error"]["gradient"] < 1e-5
             assert row["forward"]["n"] >= 3 and row["forward_backward"]["best_seconds"] > 0
         else:
             assert not row["taken"] and row["why_not"] == "needs a CUDA device" and "forward" not in row
@@ -66,12 +67,12 @@ def test_a_kernel_that_computes_wrong_is_not_taken_and_not_timed(gpu, monkeypatc
 
     right = package.mamba_chunk_scan_combined
     monkeypatch.setattr(package, "mamba_chunk_scan_combined", lambda *args, **options: 1.1 * right(*args, **options))
-    fused, own = table(dtype="bf16", operations=["ssd"])["rows"]
+    fused, _, own = table(dtype="bf16", operations=["ssd"])["rows"]
     assert "values are off" in fused["why_not"] and "forward" not in fused and own["taken"]
 
 
 def test_what_a_kernel_refuses_is_said(gpu):
-    fused, own = table(dtype="fp32", operations=["ssd"])["rows"]
+    fused, _, own = table(dtype="fp32", operations=["ssd"])["rows"]
     assert "inputs in float32" in fused["why_not"] and own["taken"]
 
 
@@ -84,7 +85,7 @@ def test_a_known_defect_stands_in_the_table(gpu, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"operations": ["sdd"]}, "No operation with fused backends is called sdd. There are attention"),
+        ({"operations": ["sdd"]}, "No operation with backends besides torch is called sdd. There are activation"),
         ({"dtype": "fp8"}, "choose one of bf16, fp32"),
         ({"device": "tpu"}, "it is auto, cpu or cuda"),
     ],
@@ -109,6 +110,6 @@ def test_the_verb_prints_a_table_or_json(as_json, capsys, monkeypatch):
     assert kernels.main(parser.parse_args(options)) == 0
     out = capsys.readouterr().out
     if as_json:
-        assert [row["backend"] for row in json.loads(out)["rows"]] == ["liger-kernel", "flash-linear-attention", "torch"]
+        assert [row["backend"] for row in json.loads(out)["rows"]] == ["liger-kernel", "flash-linear-attention", "cpp", "torch"]
     else:
         assert "rms_norm" in out and "Not measured here" in out

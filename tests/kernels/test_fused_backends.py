@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,8 +195,7 @@ def test_a_model_on_fused_backends_trains_as_on_torch(arch, monkeypatch):
     """Loss and gradients under bf16 autocast, with packed documents, through the modules that a training calls."""
     semantic = resolve_model({"width": 64, **ARCHS[arch]}, 96)
     operations = select.operations_of(numerics_of(semantic))
-    firsts = {name: Choice(select.BACKENDS[name][0]) for name in operations if name in select.BACKENDS}
-    monkeypatch.setattr(dispatch.OnBackend.__init__, "__defaults__", ("cpu",))
+    firsts = {name: Choice(replace(select.BACKENDS[name][0], device="cpu")) for name in operations if name in select.BACKENDS}
     kernels = dispatch.kernels_of(firsts)
     used: set[str] = set()
     for choice in firsts:
@@ -205,7 +205,7 @@ def test_a_model_on_fused_backends_trains_as_on_torch(arch, monkeypatch):
     ids = torch.tensor([[0] * 17 + [1] * 24, [4] * 30 + [9] * 11])
     found = {}
     for name, these in (("torch", dispatch.TORCH), ("fused", kernels)):
-        model = build(semantic, seed=0)
+        model = build(semantic, seed=0, kernels="torch")
         dispatch.use(model, these)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss_sum(model(tokens[:, :-1], ids[:, :-1]), tokens[:, 1:]) / 80
@@ -236,7 +236,7 @@ def watched(function, name, used, monkeypatch):
 
 
 def test_a_model_without_kernels_given_is_on_torch():
-    model = build(resolve_model({"width": 64, **ARCHS["m"]}, 96), seed=0)
+    model = build(resolve_model({"width": 64, **ARCHS["m"]}, 96), seed=0, kernels="torch")
     assert model.kernels is dispatch.TORCH and model.layers[0].branches["m"].kernels is dispatch.TORCH
 
 

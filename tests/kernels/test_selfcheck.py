@@ -40,7 +40,7 @@ def test_the_torch_backends_pass(name, dtype):
 
 def test_every_function_has_samples_to_check_and_to_time():
     assert set(samples.CHECKED) == set(samples.TIMED["cpu"]) == set(samples.TIMED["cuda"])
-    assert set(samples.CHECKED) == {name for row in select.BACKENDS for name in dispatch.functions_of(row)}
+    assert set(samples.CHECKED) == {name for row in select.operations() for name in dispatch.functions_of(row)}
     for name, sizes in samples.CHECKED.items():
         packs = samples.sample(name, sizes[0]).packs
         assert packs == any("documents" in size for size in sizes), f"{name} has no packed sample"

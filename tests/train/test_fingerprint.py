@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.blocks.archs import TINY
 from zexp.blocks.resolve import resolve_model
 from zexp.kernels import dispatch, select
+from zexp.kernels.cpp import compiler
 from zexp.kernels.select import Choice
 from zexp.train.fingerprint import fingerprint
 
@@ -12,8 +13,14 @@ REQUEST = {"kernels": "auto", "threads": 1, "micro_batch": 4, "ranks": {"data": 
 MODEL = resolve_model(TINY["zamba2_tiny"], 300)
 
 
-def test_on_a_cpu_every_operation_is_torchs():
+def test_on_a_cpu_the_compiler_of_the_kernels_in_cpp_is_named():
     found = fingerprint(MODEL, REQUEST, "cpu")
+    assert found["backends"] == {name: "cpp" if name in select.IN_CPP else "torch" for name in found["backends"]}
+    assert found["packages"] == {"c++": compiler.identity()}
+
+
+def test_kernels_of_torch_alone_name_no_package():
+    found = fingerprint(MODEL, REQUEST | {"kernels": "torch"}, "cpu")
     assert set(found["backends"].values()) == {"torch"} and found["packages"] == {}
     assert {"ssd", "attention", "cross_entropy", "rms_norm", "rotary"} <= set(found["backends"])
 

@@ -25,9 +25,10 @@ from zexp.bench.setting import device_of
 from zexp.bench.timing import Timing, in_turns
 from zexp.config.errors import ConfigError
 from zexp.kernels import dispatch, samples, select, selfcheck
+from zexp.kernels.cpp.compiler import compiler, identity
 from zexp.kernels.fused import adapter
 from zexp.kernels.samples import Sample
-from zexp.kernels.select import TORCH, Backend
+from zexp.kernels.select import CPP, TORCH, Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SECONDS = 0.5  # of repeats of one function, all its backends and both passes together
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
     parser.add_argument("--dtype", default=None, choices=sorted(DTYPES), help="of activations; bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--operations", nargs="+", default=None, metavar="NAME", help=f"of {', '.join(sorted(select.BACKENDS))}")
+    parser.add_argument("--operations", nargs="+", default=None, metavar="NAME", help=f"of {', '.join(select.operations())}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of timing for each function ({SECONDS})")
 
 
@@ -64,22 +65,22 @@ def run(
     """The table as plain data. sizes: what each function is timed with, None = samples.TIMED of the device. ceilings: of
     zexp.bench.machine, None = they are measured now.
 
-    Raises ConfigError for an operation without fused backends or a device that is not there.
+    Raises ConfigError for an operation without backends besides torch or a device that is not there.
     """
     where = torch.device(device_of(device))
     name = dtype or ("bf16" if where.type == "cuda" else "fp32")
     if name not in DTYPES:
         raise ConfigError(f"dtype = {name}: choose one of {', '.join(sorted(DTYPES))}.")
-    chosen = sorted(select.BACKENDS) if operations is None else list(operations)
-    if unknown := [operation for operation in chosen if operation not in select.BACKENDS]:
+    chosen = select.operations() if operations is None else list(operations)
+    if unknown := [operation for operation in chosen if operation not in select.operations()]:
         raise ConfigError(
-            f"No operation with fused backends is called {', '.join(unknown)}. There are {', '.join(sorted(select.BACKENDS))}."
+            f"No operation with backends besides torch is called {', '.join(unknown)}. There are {', '.join(select.operations())}."
         )
     timed = samples.TIMED[where.type] if sizes is None else sizes
     ceilings = machine.ceilings(where) if ceilings is None else ceilings
     rows: list[dict[str, Any]] = []
     for operation in chosen:
-        verdicts = {backend.name: verdict(operation, backend, where) for backend in select.BACKENDS[operation]}
+        verdicts = {backend.name: verdict(operation, backend, where) for backend in select.backends(operation)}
         for function in dispatch.functions_of(operation):
             rows += _rows(operation, function, verdicts, where, name, timed[function], seconds, ceilings)
     return {
@@ -101,7 +102,7 @@ def not_measured(device: torch.device) -> list[str]:
     """What the table cannot say here."""
     if device.type == "cuda":
         return []
-    return ["fused backends: they run on a CUDA device; errors and times are those of the torch backends on this CPU"]
+    return ["fused backends: they run on a CUDA device; errors and times are those of the C++ and torch backends on this CPU"]
 
 
 def _rows(
@@ -120,7 +121,7 @@ def _rows(
     works: dict[str, Callable[..., Tensor]] = {}
     rows: list[dict[str, Any]] = []
     taken = False
-    for backend in (*select.BACKENDS[operation], None):
+    for backend in (*select.backends(operation), None):
         name = TORCH if backend is None else backend.name
         row: dict[str, Any] = {"operation": operation, "function": function, "backend": name}
         row |= {"package": None if backend is None else backend.package, "version": _version(backend), "size": dict(size)}
@@ -183,7 +184,9 @@ def _least_seconds(one: Sample, given: dict[str, Tensor | None], dtype: str, cei
 
 
 def _version(backend: Backend | None) -> str | None:
-    """Of the package that carries it; torch's own where it is torch's. None = not installed."""
+    """Of the package that carries it; torch's own where it is torch's, the compiler for C++. None = not installed."""
+    if backend is CPP:
+        return None if compiler() is None else identity().split(" · ")[0]
     return str(torch.__version__) if backend is None or backend.package is None else select.version(backend.package)
 
 

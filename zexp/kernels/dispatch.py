@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zexp.kernels import select
+from zexp.kernels.activation.torch_backend import gated, mlp_activation
 from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d
 from zexp.kernels.cpp.compiler import compiler, identity
@@ -22,6 +23,7 @@ from zexp.kernels.cross_entropy.torch_backend import linear_cross_entropy
 from zexp.kernels.fused import Fused, adapter
 from zexp.kernels.gated_delta.torch_backend import gated_delta
 from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
+from zexp.kernels.moe.torch_backend import moe
 from zexp.kernels.retention.torch_backend import retention
 from zexp.kernels.rms_norm.torch_backend import rms_norm
 from zexp.kernels.select import Choice, Machine
@@ -40,9 +42,12 @@ class Kernels:
 
     attention: Function = attention
     causal_conv1d: Function = causal_conv1d
+    gated: Function = gated
     gated_delta: Function = gated_delta
     gated_norm: Function = gated_norm
     linear_cross_entropy: Function = linear_cross_entropy
+    mlp_activation: Function = mlp_activation
+    moe: Function = moe
     norm_gated: Function = norm_gated
     retention: Function = retention
     rms_norm: Function = rms_norm
@@ -54,7 +59,7 @@ class Kernels:
 TORCH = Kernels()
 
 # Of an operation, where they are not the one of its name.
-_FUNCTIONS = {"cross_entropy": ("linear_cross_entropy",), "gated_norm": ("gated_norm", "norm_gated")}
+_FUNCTIONS = {"activation": ("mlp_activation", "gated"), "cross_entropy": ("linear_cross_entropy",), "gated_norm": ("gated_norm", "norm_gated")}
 
 
 def functions_of(operation: str) -> tuple[str, ...]:
@@ -144,4 +149,4 @@ def machine(device: torch.device | str) -> Machine:
     )
 
 
-assert {field.name for field in fields(Kernels)} == {name for row in select.BACKENDS for name in functions_of(row)}
+assert {field.name for field in fields(Kernels)} == {name for row in select.operations() for name in functions_of(row)}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zexp.kernels.activation.names import GATED, PLAIN
 from zexp.kernels.documents import Documents
 
 Size = Mapping[str, Any]
@@ -65,7 +66,7 @@ class Sample:
         return made[0] if isinstance(made, tuple) else made  # some return their last state as well
 
 
-_FOLDERS = {"linear_cross_entropy": "cross_entropy", "norm_gated": "gated_norm"}
+_FOLDERS = {"gated": "activation", "mlp_activation": "activation", "linear_cross_entropy": "cross_entropy", "norm_gated": "gated_norm"}
 
 
 def sample(name: str, size: Size, seed: int = 0) -> Sample:
@@ -193,12 +194,33 @@ def _gated_norm(randn: Randn, m: int, d: int, groups: int) -> Sample:
     )  # fmt: skip
 
 
+def _gated(randn: Randn, m: int, f: int, gate: str) -> Sample:
+    return Sample(size={}, tensors={"x": randn(m, 2 * f)}, after=(gate,), packs=False, flops=8.0 * m * f)
+
+
+def _activation(randn: Randn, m: int, f: int, name: str) -> Sample:
+    units = 2 if name in GATED else 1
+    return Sample(size={}, tensors={"x": randn(m, units * f)}, after=(name,), packs=False, flops=8.0 * m * f)
+
+
+def _moe(randn: Randn, m: int, d: int, e: int, f: int, k: int, name: str) -> Sample:
+    chosen = randn(e, m).topk(k, dim=0).indices
+    up, down = randn(e, f * (2 if name in GATED else 1), d) * d**-0.5, randn(e, d, f) * f**-0.5
+    return Sample(
+        size={}, tensors={"x": randn(m, d), "chosen": chosen, "weights": randn(k, m).softmax(0), "up": up, "down": down},
+        whole=frozenset(("weights", "up", "down")), after=(name,), packs=False, flops=2.0 * k * m * (up[0].numel() + down[0].numel()),
+    )  # fmt: skip
+
+
 _MAKERS: dict[str, Callable[..., Sample]] = {
     "attention": _attention,
     "causal_conv1d": _causal_conv1d,
+    "gated": _gated,
     "gated_delta": _gated_delta,
     "gated_norm": _gated_norm,
     "linear_cross_entropy": _cross_entropy,
+    "mlp_activation": _activation,
+    "moe": _moe,
     "norm_gated": _gated_norm,
     "retention": _retention,
     "rms_norm": _rms_norm,
@@ -222,11 +244,17 @@ CHECKED: dict[str, tuple[Size, ...]] = {
         {"b": 2, "t": 131, "c": 40, "k": 4, "bias": False, "silu": False, "documents": (60, 1, 41, 29)},
         {"b": 1, "t": 5, "c": 64, "k": 2},
     ),
+    "gated": tuple({"m": 7, "f": 67, "gate": gate} for gate in PLAIN),
     "gated_delta": (
         {"b": 2, "t": 67, "g": 2, "n": 64, "h": 4, "p": 64},
         {"b": 2, "t": 131, "g": 2, "n": 64, "h": 2, "p": 128, "documents": (60, 1, 41, 29)},
     ),
     "gated_norm": ({"m": 67, "d": 192, "groups": 1}, {"m": 5, "d": 256, "groups": 4}),
+    "mlp_activation": tuple({"m": 7, "f": 67, "name": name} for name in (*GATED, *PLAIN)),
+    "moe": (
+        {"m": 67, "d": 64, "e": 4, "f": 33, "k": 2, "name": "swiglu"},
+        {"m": 5, "d": 32, "e": 8, "f": 40, "k": 1, "name": "gelu_erf"},
+    ),
     "linear_cross_entropy": ({"m": 67, "d": 64, "v": 301}, {"m": 40, "d": 64, "v": 1000, "softcap": 15.0}),
     "norm_gated": ({"m": 67, "d": 192, "groups": 1}, {"m": 5, "d": 256, "groups": 4}),
     "retention": (
@@ -255,9 +283,12 @@ TIMED: dict[str, dict[str, Size]] = {
     "cuda": {
         "attention": {"b": 4, "t": 4096, "h": 16, "g": 16, "p": 128},
         "causal_conv1d": {"b": 4, "t": 4096, "c": 4352, "k": 4},
+        "gated": {"m": 16384, "f": 5632, "gate": "silu"},
         "gated_delta": {"b": 4, "t": 4096, "g": 16, "n": 128, "h": 16, "p": 128},
         "gated_norm": {"m": 16384, "d": 4096, "groups": 1},
         "linear_cross_entropy": {"m": 16384, "d": 2048, "v": 50304},
+        "mlp_activation": {"m": 16384, "f": 5632, "name": "swiglu"},
+        "moe": {"m": 16384, "d": 2048, "e": 8, "f": 2816, "k": 2, "name": "swiglu"},
         "norm_gated": {"m": 16384, "d": 4096, "groups": 1},
         "retention": {"b": 4, "t": 4096, "h": 8, "n": 256, "p": 512},
         "rms_norm": {"m": 16384, "d": 2048},
@@ -268,9 +299,12 @@ TIMED: dict[str, dict[str, Size]] = {
     "cpu": {
         "attention": {"b": 4, "t": 512, "h": 4, "g": 4, "p": 64},
         "causal_conv1d": {"b": 4, "t": 512, "c": 640, "k": 4},
+        "gated": {"m": 2048, "f": 683, "gate": "gelu_erf"},
         "gated_delta": {"b": 4, "t": 512, "g": 4, "n": 64, "h": 4, "p": 64},
         "gated_norm": {"m": 2048, "d": 512, "groups": 1},
         "linear_cross_entropy": {"m": 2048, "d": 256, "v": 8192},
+        "mlp_activation": {"m": 2048, "f": 683, "name": "swiglu"},
+        "moe": {"m": 2048, "d": 256, "e": 8, "f": 344, "k": 2, "name": "swiglu"},
         "norm_gated": {"m": 2048, "d": 512, "groups": 1},
         "retention": {"b": 4, "t": 512, "h": 4, "n": 64, "p": 128},
         "rms_norm": {"m": 2048, "d": 256},

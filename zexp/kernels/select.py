@@ -88,7 +88,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 }
 
 CPP = Backend(name="cpp", package=None, modules=(), device="cpu")
-IN_CPP = ("causal_conv1d", "cross_entropy", "gated_norm", "rms_norm", "selective_scan", "ssd")
+IN_CPP = ("activation", "causal_conv1d", "cross_entropy", "gated_norm", "moe", "rms_norm", "selective_scan", "ssd")
 
 
 def candidates(operation: str, kind: str) -> tuple[Backend, ...]:
@@ -96,6 +96,16 @@ def candidates(operation: str, kind: str) -> tuple[Backend, ...]:
     if kind == "cpu":
         return (CPP,) if operation in IN_CPP else ()
     return BACKENDS.get(operation, ()) if kind == "cuda" else ()
+
+
+def backends(operation: str) -> tuple[Backend, ...]:
+    """All that an operation has besides torch, whatever they run on."""
+    return candidates(operation, "cuda") + candidates(operation, "cpu")
+
+
+def operations() -> list[str]:
+    """Those that have a backend besides torch on some device."""
+    return sorted({*BACKENDS, *IN_CPP})
 
 
 @dataclass(frozen=True, kw_only=True)

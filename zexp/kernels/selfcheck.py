@@ -154,7 +154,7 @@ def identity(operation: str, backend: Backend, device: torch.device) -> dict[str
     code = [inspect.getsource(module) for module in modules]
     if backend is CPP:
         code.append(inspect.getsource(library))
-        code += library.sources(operation)
+        code += library.sources(operation).values()
     return {
         "operation": operation,
         "backend": backend.name,

@@ -12,7 +12,8 @@ import torch
 
 from zexp.blocks.resolve import numerics
 from zexp.kernels import dispatch, select
-from zexp.kernels.select import Choice
+from zexp.kernels.cpp.compiler import identity
+from zexp.kernels.select import CPP, Choice
 from zexp.store.ids import semantic_id, short
 from zexp.store.provenance import cpu_model
 from zexp.train.optimizer import IMPLEMENTATION
@@ -42,12 +43,15 @@ def name_of(details: Mapping[str, Any]) -> str:
 
 
 def _packages(choices: Mapping[str, Choice]) -> dict[str, str | None]:
-    """Versions of what carries the fused kernels that were chosen, and of triton, which compiles most of them."""
+    """Versions of what carries the kernels that were chosen, and of what compiles them: triton, or the C++ compiler, of which
+    flags and processor are part.
+    """
     fused = [choice.backend for choice in choices.values() if choice.backend is not None]
     names = {backend.package for backend in fused if backend.package is not None}
     if names:
         names.add("triton")
-    return {name: select.version(name) for name in sorted(names)}
+    versions = {name: select.version(name) for name in sorted(names)}
+    return versions | {"c++": identity()} if CPP in fused else versions
 
 
 def _layout(ranks: Mapping[str, Any]) -> str:

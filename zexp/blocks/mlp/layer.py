@@ -10,7 +10,6 @@ from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.mlp.spec import Spec
-from zexp.kernels.activation.torch_backend import mlp_activation
 from zexp.kernels.token_shift.torch_backend import token_shift, token_shift_continue
 
 
@@ -57,4 +56,4 @@ class Layer(BlockLayer):
         return self._mlp(x_BTD)
 
     def _mlp(self, x_BTD: Tensor) -> Tensor:
-        return self.down(mlp_activation(self.up(x_BTD), self.activation))
+        return self.down(self.kernels.mlp_activation(self.up(x_BTD), self.activation))

@@ -15,8 +15,7 @@ from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.moe.balance import Groups, aux_loss, sinkhorn_offsets, z_loss
 from zexp.blocks.moe.spec import Spec
-from zexp.kernels.activation.torch_backend import mlp_activation
-from zexp.kernels.moe.torch_backend import load, moe
+from zexp.kernels.moe.torch_backend import load
 from zexp.kernels.precision import at_least_fp32
 
 SMALLEST_SUM = 1e-20  # of sigmoids: all of them may be 0 in fp32
@@ -101,7 +100,7 @@ class Layer(BlockLayer):
 
     def _mixed(self, x_BTD: Tensor, chosen_KM: Tensor, weights_KM: Tensor) -> Tensor:
         x_MD = x_BTD.flatten(0, 1)
-        out_MD = moe(x_MD, chosen_KM, weights_KM, self.up, self.down, self.spec.activation)
+        out_MD = self.kernels.moe(x_MD, chosen_KM, weights_KM, self.up, self.down, self.spec.activation)
         return (out_MD if self.shared_up is None else out_MD + self._shared(x_MD)).view_as(x_BTD)
 
     def _logits(self, x_MD: Tensor) -> Tensor:
@@ -144,5 +143,5 @@ class Layer(BlockLayer):
     def _shared(self, x_MD: Tensor) -> Tensor:
         """What the expert that computes every token adds."""
         assert self.shared_up is not None and self.shared_down is not None
-        shared_MD: Tensor = self.shared_down(mlp_activation(self.shared_up(x_MD), self.spec.activation))
+        shared_MD: Tensor = self.shared_down(self.kernels.mlp_activation(self.shared_up(x_MD), self.spec.activation))
         return shared_MD if self.shared_gate is None else shared_MD * self.shared_gate(x_MD).sigmoid()

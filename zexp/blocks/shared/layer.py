@@ -13,7 +13,6 @@ from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.norm import RmsNorm
 from zexp.blocks.shared.spec import Spec
-from zexp.kernels.activation.torch_backend import gated
 from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.dispatch import TORCH, Kernels
 from zexp.kernels.rotary.torch_backend import rotary
@@ -122,5 +121,5 @@ class Shared(nn.Module):
         up = self.up(y_BTD)
         if call.mlp is not None:
             up = up + call.mlp(y_BTD)
-        out_BTD = self.down(gated(up, self.spec.activation))
+        out_BTD = self.down(self.kernels.gated(up, self.spec.activation))
         return out_BTD if call.linear is None else call.linear(out_BTD)

@@ -25,7 +25,10 @@ def activate(x: Tensor, name: Gate) -> Tensor:
 
 def mlp_activation(x: Tensor, name: Activation) -> Tensor:
     """A gated unit reads (gate, up) from the halves of the last dimension; the others act elementwise."""
-    if name in GATED:
-        gate, up = x.chunk(2, dim=-1)
-        return activate(gate, GATED[name]) * up
-    return activate(x, name)  # type: ignore[arg-type]
+    return gated(x, GATED[name]) if name in GATED else activate(x, name)  # type: ignore[arg-type]
+
+
+def gated(x: Tensor, gate: Gate) -> Tensor:
+    """gate(first half of x) * (second half of x)."""
+    first, second = x.chunk(2, dim=-1)
+    return activate(first, gate) * second

@@ -27,6 +27,7 @@ from zexp.kernels.cpp.compiler import compiler, flags, identity
 
 log = logging.getLogger(__name__)
 
+SOURCE = "kernel.cpp"
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -34,17 +35,18 @@ SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 def library(operation: str) -> ctypes.CDLL:
     """The compiled kernel.cpp of zexp/kernels/<operation>. Raises RuntimeError with what the compiler said, or OSError."""
     texts = sources(operation)
-    name = hashlib.sha256("\0".join((*texts, identity())).encode()).hexdigest()[:16]
+    name = hashlib.sha256("\0".join((*texts.values(), identity())).encode()).hexdigest()[:16]
     path = folder() / f"{operation}-{name}.so"
     if not path.exists():
         _compile(operation, texts, path)
     return ctypes.CDLL(str(path))
 
 
-def sources(operation: str) -> list[str]:
-    """The texts of vector.h and of the operation's kernel.cpp."""
-    paths = [files("zexp.kernels.cpp") / "vector.h", files(f"zexp.kernels.{operation}") / "kernel.cpp"]
-    return [path.read_text(encoding="utf-8") for path in paths]
+def sources(operation: str) -> dict[str, str]:
+    """What the operation's library is compiled from, by name: the headers and its kernel.cpp."""
+    headers = sorted((file for file in files("zexp.kernels.cpp").iterdir() if file.name.endswith(".h")), key=lambda file: file.name)
+    found = {file.name: file for file in (*headers, files(f"zexp.kernels.{operation}") / SOURCE)}
+    return {name: file.read_text(encoding="utf-8") for name, file in found.items()}
 
 
 def call(operation: str, function: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
@@ -77,19 +79,19 @@ def _converted(arg: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_i
     return ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int64(arg)
 
 
-def _compile(operation: str, texts: list[str], path: Path) -> None:
+def _compile(operation: str, texts: dict[str, str], path: Path) -> None:
     found = compiler()
     assert found is not None, "asked for where there is a compiler"
     path.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     # Beside its place, so that the rename is one of a single file system: whoever comes second finds it whole.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{operation}-") as temporary:
-        for name, text in zip(("vector.h", "kernel.cpp"), texts, strict=True):
+        for name, text in texts.items():
             Path(temporary, name).write_text(text, encoding="utf-8")
         made = subprocess.run(
-            [found, *flags(), "kernel.cpp", "-o", "kernel.so"], cwd=temporary, capture_output=True, text=True
+            [found, *flags(), SOURCE, "-o", "kernel.so"], cwd=temporary, capture_output=True, text=True
         )
         if made.returncode:
-            raise RuntimeError(f"{found} cannot compile {operation}'s kernel.cpp: {made.stderr.strip()}")
+            raise RuntimeError(f"{found} cannot compile {operation}'s {SOURCE}: {made.stderr.strip()}")
         os.replace(Path(temporary, "kernel.so"), path)
     log.info("Kernels: compiled %s with %s in %.1f s.", operation, found, time.monotonic() - began)

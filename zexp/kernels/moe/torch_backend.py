@@ -53,18 +53,18 @@ class _Moe(torch.autograd.Function):
             counts = load(chosen_KM, up.shape[0]).tolist()
             rows_ND = x_MD.to(dtype).index_select(0, order_N % x_MD.shape[0])
             hidden_NH = rows_ND.new_empty(rows_ND.shape[0], up.shape[1])
-            for expert, part in _slices(counts):
+            for expert, part in slices(counts):
                 torch.mm(rows_ND[part], up[expert].t(), out=hidden_NH[part])
                 torch.mm(mlp_activation(hidden_NH[part], activation), down[expert].t(), out=rows_ND[part])
             ctx.save_for_backward(x_MD, weights_KM, up, down, order_N, hidden_NH)
             ctx.counts, ctx.activation = counts, activation
             ctx.parameter_dtypes = up_EHD.dtype, down_EDF.dtype
-            return _combined(rows_ND, weights_KM, _places(order_N)).to(x_MD.dtype)
+            return _combined(rows_ND, weights_KM, places(order_N)).to(x_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         x_MD, weights_KM, up, down, order_N, hidden_NH = ctx.saved_tensors
-        dtype, places_N = up.dtype, _places(order_N)
+        dtype, places_N = up.dtype, places(order_N)
         with torch.autocast(x_MD.device.type, enabled=False):
             token_N = order_N % x_MD.shape[0]
             weight_N1 = weights_KM.flatten()[order_N].to(dtype)[:, None]
@@ -72,7 +72,7 @@ class _Moe(torch.autograd.Function):
             dout_ND = grads[0].to(dtype).index_select(0, token_N)
             dweight_N = torch.empty_like(weights_KM).flatten()
             dup, ddown = torch.zeros_like(up), torch.zeros_like(down)
-            for expert, part in _slices(ctx.counts):
+            for expert, part in slices(ctx.counts):
                 dacted = dout_ND[part] @ down[expert]  # without the weight, which the others have as a factor of D rows
                 acted, dhidden = mlp_activation_and_gradient(hidden_NH[part], dacted, ctx.activation)
                 dweight_N[part] = dacted.mul_(acted).sum(-1, dtype=dweight_N.dtype)
@@ -85,7 +85,7 @@ class _Moe(torch.autograd.Function):
         return dx_MD, dweights_KM, dup.to(up_dtype), ddown.to(down_dtype), None, None
 
 
-def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
+def slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
     """The rows of each expert that has any."""
     end = 0
     for expert, count in enumerate(counts):
@@ -94,7 +94,7 @@ def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
             yield expert, slice(start, end)
 
 
-def _places(order_N: Tensor) -> Tensor:
+def places(order_N: Tensor) -> Tensor:
     """Where each choice went in the sorted order."""
     places_N = torch.empty_like(order_N)
     places_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)

@@ -1,0 +1,52 @@
+"""Activations of MLPs by kernel.cpp: the gradient is made of x alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zexp.kernels.activation.names import GATED, PLAIN, Activation, Gate
+from zexp.kernels.cpp.library import call, library, not_taken
+from zexp.kernels.fused import Fused
+
+
+def cpp() -> dict[str, Fused]:
+    library("activation")
+    return {"mlp_activation": Fused(mlp_activation, refuses), "gated": Fused(gated, refuses)}
+
+
+def mlp_activation(x: Tensor, name: Activation) -> Tensor:
+    """As the torch backend's."""
+    return _Activation.apply(x, GATED[name], True) if name in GATED else _Activation.apply(x, name, False)
+
+
+def gated(x: Tensor, gate: Gate) -> Tensor:
+    """As the torch backend's."""
+    return _Activation.apply(x, gate, True)
+
+
+def refuses(x: Tensor, name: Activation | Gate) -> str | None:
+    return not_taken(activations=(x,))
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Gate, is_gated: bool) -> Tensor:
+        x = x.contiguous()
+        width = x.shape[-1] // 2 if is_gated else x.shape[-1]
+        y = x.new_empty(*x.shape[:-1], width)
+        ctx.sizes = (x.numel() // max(1, x.shape[-1]), width, PLAIN.index(gate), is_gated)
+        call("activation", "forward", x.dtype, x, y, *ctx.sizes)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        call("activation", "backward", x.dtype, grads[0].contiguous(), x, dx, *ctx.sizes)
+        return dx, None, None

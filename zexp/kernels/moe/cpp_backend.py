@@ -1,0 +1,114 @@
+"""Experts over tokens sorted by expert: matrix products by torch, and kernel.cpp around them.
+
+M tokens · D model width · E experts · K chosen for a token · N = K · M choices · F expert width · H rows of `up`: F, or 2F with a
+gate. The scheme is the torch backend's. Of all choices only H numbers each are kept, and no copy of the weights: an expert's
+matrices are rounded again where they are used again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zexp.kernels.activation.names import GATED, PLAIN, Activation
+from zexp.kernels.cpp.library import SUFFIX, call, library, not_taken
+from zexp.kernels.fused import Fused
+from zexp.kernels.moe.torch_backend import load, places, slices
+
+
+def cpp() -> dict[str, Fused]:
+    library("moe")
+    return {"moe": Fused(moe, refuses)}
+
+
+def moe(
+    x_MD: Tensor, chosen_KM: Tensor, weights_KM: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: Activation
+) -> Tensor:
+    """As the torch backend's."""
+    return _Moe.apply(x_MD, weights_KM, up_EHD, down_EDF, chosen_KM, activation)
+
+
+def refuses(
+    x_MD: Tensor, chosen_KM: Tensor, weights_KM: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: Activation
+) -> str | None:
+    if (why := not_taken(activations=(x_MD,), whole=(weights_KM, up_EHD, down_EDF))) is not None:
+        return why
+    dtype = _product_dtype(x_MD)
+    return None if dtype in SUFFIX else f"products in {str(dtype).removeprefix('torch.')}, the kernel takes fp32 or bf16"
+
+
+def _product_dtype(x_MD: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_MD.dtype
+
+
+class _Moe(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MD: Tensor,
+        weights_KM: Tensor,
+        up_EHD: Tensor,
+        down_EDF: Tensor,
+        chosen_KM: Tensor,
+        activation: Activation,
+    ) -> Tensor:
+        dtype = _product_dtype(x_MD)
+        order_N = chosen_KM.flatten().argsort(stable=True)
+        counts = load(chosen_KM, up_EHD.shape[0]).tolist()
+        places_KM = places(order_N).view(chosen_KM.shape)
+        act = (PLAIN.index(GATED.get(activation, activation)), activation in GATED)  # type: ignore[arg-type]
+        with torch.autocast("cpu", enabled=False):
+            x, weights_KM = x_MD.to(dtype).contiguous(), weights_KM.contiguous()
+            rows_ND = _gathered(x, order_N % x.shape[0])
+            hidden_NH = rows_ND.new_empty(rows_ND.shape[0], up_EHD.shape[1])
+            for expert, part in slices(counts):
+                torch.mm(rows_ND[part], up_EHD[expert].to(dtype).t(), out=hidden_NH[part])
+                acted_NF = rows_ND.new_empty(part.stop - part.start, down_EDF.shape[2])
+                call("moe", "activate", dtype, hidden_NH[part], acted_NF, *acted_NF.shape, *act)
+                torch.mm(acted_NF, down_EDF[expert].to(dtype).t(), out=rows_ND[part])
+            out_MD = _combined(rows_ND, places_KM, weights_KM)
+        ctx.save_for_backward(x, weights_KM, up_EHD, down_EDF, order_N, places_KM, hidden_NH)
+        ctx.counts, ctx.act, ctx.x_dtype = counts, act, x_MD.dtype
+        return out_MD.to(x_MD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        x, weights_KM, up_EHD, down_EDF, order_N, places_KM, hidden_NH = ctx.saved_tensors
+        dtype = x.dtype
+        with torch.autocast("cpu", enabled=False):
+            token_N = order_N % x.shape[0]
+            weight_N = weights_KM.flatten()[order_N]
+            rows_ND = _gathered(x, token_N)
+            dout_ND = _gathered(grads[0].to(dtype).contiguous(), token_N)
+            dweight_N = torch.empty_like(weight_N)
+            dup, ddown = torch.zeros_like(up_EHD), torch.zeros_like(down_EDF)
+            for expert, part in slices(ctx.counts):
+                dacted_NF = dout_ND[part] @ down_EDF[expert].to(dtype)  # as if the weight were 1
+                dhidden_NH = torch.empty_like(hidden_NH[part])
+                sizes = (*dacted_NF.shape, *ctx.act)
+                call("moe", "activate_backward", dtype, hidden_NH[part], dacted_NF, weight_N[part], dhidden_NH, dweight_N[part], *sizes)
+                acted_NF = dacted_NF  # in its place, with the weight
+                ddown[expert] = dout_ND[part].t() @ acted_NF
+                dup[expert] = dhidden_NH.t() @ rows_ND[part]
+                torch.mm(dhidden_NH, up_EHD[expert].to(dtype), out=rows_ND[part])
+            dx_MD = _combined(rows_ND, places_KM, None)
+            dweights_KM = dweight_N[places_KM.flatten()].view_as(weights_KM)
+        return dx_MD.to(ctx.x_dtype), dweights_KM, dup, ddown, None, None
+
+
+def _gathered(x_MD: Tensor, token_N: Tensor) -> Tensor:
+    out_ND = x_MD.new_empty(token_N.shape[0], x_MD.shape[1])
+    call("moe", "gather", x_MD.dtype, x_MD, token_N, out_ND, *out_ND.shape)
+    return out_ND
+
+
+def _combined(rows_ND: Tensor, places_KM: Tensor, weights_KM: Tensor | None) -> Tensor:
+    """(M, D) in fp32: the sum of each token's rows, times their weights where there are some."""
+    choices, tokens = places_KM.shape
+    out_MD = rows_ND.new_empty(tokens, rows_ND.shape[1], dtype=torch.float32)
+    call("moe", "combine", rows_ND.dtype, rows_ND, places_KM, weights_KM, out_MD, *out_MD.shape, choices)
+    return out_MD
