@@ -163,7 +163,7 @@ def serve(side: str, folder: Path, setting: str, threads: int) -> None:
 
 
 def differences(tokens: list[int], theirs_TV: Any, ours: Ours, ids: list[int]) -> dict[str, Any]:
-    ours_TV = ours.logits(ids, tokens).float()
+    ours_TV = ours.logits(ids, tokens).detach().float()
     apart = (ours_TV - theirs_TV).abs().amax(-1)
     best_two = theirs_TV.topk(2).values
     sure = best_two[:, 0] - best_two[:, 1] > 2 * apart  # no difference that was seen could have changed the choice

@@ -43,7 +43,7 @@ class Kernels:
     attention: Function = attention
     attention_continue: Function = attention
     causal_conv1d: Function = causal_conv1d
-    causal_conv1d_continue: Callable[..., tuple[Tensor, Tensor]] = causal_conv1d_continue
+    causal_conv1d_continue: Callable[..., Any] = causal_conv1d_continue
     gated_delta: Function = gated_delta
     gated_norm: Function = gated_norm
     linear: Function = linear
@@ -53,7 +53,7 @@ class Kernels:
     rms_norm: Function = rms_norm
     selective_scan: Function = selective_scan
     ssd: Function = ssd
-    ssd_continue: Callable[..., tuple[Tensor, Tensor]] = ssd_continue
+    ssd_continue: Callable[..., Any] = ssd_continue
     wkv7: Function = wkv7
 
 
@@ -134,8 +134,9 @@ def decoding(kernels: Kernels, choices: dict[str, Choice], device: str | torch.d
     except (OSError, RuntimeError) as error:
         log.warning("Kernels: decoding stays with torch: %s", error)
         return kernels
-    taken = [name for name, operation in DECODING.items() if operation is None or _in_cpp(choices.get(operation))]
-    return replace(kernels, **{name: getattr(cpp_backend, name) for name in taken})
+    taken: list[str] = [name for name, operation in DECODING.items() if operation is None or _in_cpp(choices.get(operation))]
+    functions: dict[str, Any] = {name: getattr(cpp_backend, name) for name in taken}
+    return replace(kernels, **functions)
 
 
 def _in_cpp(choice: Choice | None) -> bool:

@@ -6,7 +6,7 @@ B batch · T positions · D model width · H query heads · G key-value heads ·
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zexp.blocks.attention.spec import Spec
 from zexp.blocks.cache import Cache, KeyValues

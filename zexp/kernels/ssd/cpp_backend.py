@@ -182,7 +182,8 @@ class _Ssd(torch.autograd.Function):
 
 
 def _inputs(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, d_H: Tensor) -> _Inputs:
-    return _Inputs(_side_by_side(x_BTHP), dt_BTH.contiguous(), a_H.contiguous(), *map(_side_by_side, (b_BTGN, c_BTGN)), d_H)
+    b, c = _side_by_side(b_BTGN), _side_by_side(c_BTGN)
+    return _Inputs(_side_by_side(x_BTHP), dt_BTH.contiguous(), a_H.contiguous(), b, c, d_H)
 
 
 def _scan(
