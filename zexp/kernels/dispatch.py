@@ -1,7 +1,8 @@
 """The functions that a model calls, each on the backend that was chosen for it.
 
 Modules call `self.kernels.ssd(...)`; `zexp.model.build` gives them the Kernels of their device. Without it they have TORCH.
-Decoding calls the torch backends' own functions: a step of one token is no work for a kernel over a sequence.
+Decoding calls functions that go on from a state (`self.kernels.ssd_continue(...)`). A step of one token is no work for a kernel over
+a sequence: on a CPU zexp/kernels/decode has kernels for it, elsewhere the torch backends' own functions take it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from zexp.kernels import select
 from zexp.kernels.activation.torch_backend import gated, mlp_activation
 from zexp.kernels.attention.torch_backend import attention
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d
+from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
 from zexp.kernels.cpp.compiler import compiler, identity
 from zexp.kernels.cross_entropy.torch_backend import linear_cross_entropy
+from zexp.kernels.decode.torch_backend import linear
 from zexp.kernels.fused import Fused, adapter
 from zexp.kernels.gated_delta.torch_backend import gated_delta
 from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
@@ -28,7 +30,7 @@ from zexp.kernels.retention.torch_backend import retention
 from zexp.kernels.rms_norm.torch_backend import rms_norm
 from zexp.kernels.select import Choice, Machine
 from zexp.kernels.selective_scan.torch_backend import selective_scan
-from zexp.kernels.ssd.torch_backend import ssd
+from zexp.kernels.ssd.torch_backend import ssd, ssd_continue
 from zexp.kernels.wkv7.torch_backend import wkv7
 
 log = logging.getLogger(__name__)
@@ -41,10 +43,13 @@ class Kernels:
     """A function for each, with the arguments of the torch backend's."""
 
     attention: Function = attention
+    attention_continue: Function = attention
     causal_conv1d: Function = causal_conv1d
+    causal_conv1d_continue: Callable[..., Any] = causal_conv1d_continue
     gated: Function = gated
     gated_delta: Function = gated_delta
     gated_norm: Function = gated_norm
+    linear: Function = linear
     linear_cross_entropy: Function = linear_cross_entropy
     mlp_activation: Function = mlp_activation
     moe: Function = moe
@@ -53,10 +58,15 @@ class Kernels:
     rms_norm: Function = rms_norm
     selective_scan: Function = selective_scan
     ssd: Function = ssd
+    ssd_continue: Callable[..., Any] = ssd_continue
     wkv7: Function = wkv7
 
 
 TORCH = Kernels()
+
+# What decoding calls besides, and whose choice it follows (None: no operation's). None has a gradient that it does not get from torch,
+# and no training calls it: a fingerprint does not know of it.
+DECODING = {"attention_continue": None, "causal_conv1d_continue": "causal_conv1d", "linear": None, "ssd_continue": "ssd"}
 
 # Of an operation, where they are not the one of its name.
 _FUNCTIONS = {"activation": ("mlp_activation", "gated"), "cross_entropy": ("linear_cross_entropy",), "gated_norm": ("gated_norm", "norm_gated")}
@@ -117,6 +127,27 @@ def kernels_of(choices: dict[str, Choice]) -> Kernels:
     return replace(TORCH, **replaced) if replaced else TORCH
 
 
+def decoding(kernels: Kernels, choices: dict[str, Choice], device: str | torch.device) -> Kernels:
+    """The same with the functions of zexp/kernels/decode where they can be had: on a CPU with a compiler."""
+    if torch.device(device).type != "cpu" or compiler() is None:
+        return kernels
+    from zexp.kernels.cpp.library import library
+    from zexp.kernels.decode import cpp_backend
+
+    try:
+        library("decode")
+    except (OSError, RuntimeError) as error:
+        log.warning("Kernels: decoding stays with torch: %s", error)
+        return kernels
+    taken: list[str] = [name for name, operation in DECODING.items() if operation is None or _in_cpp(choices.get(operation))]
+    functions: dict[str, Any] = {name: getattr(cpp_backend, name) for name in taken}
+    return replace(kernels, **functions)
+
+
+def _in_cpp(choice: Choice | None) -> bool:
+    return choice is not None and choice.backend == select.CPP
+
+
 def use(module: nn.Module, kernels: Kernels) -> None:
     """Gives them to the module and to all inside it that call some."""
     for one in module.modules():
@@ -149,4 +180,4 @@ def machine(device: torch.device | str) -> Machine:
     )
 
 
-assert {field.name for field in fields(Kernels)} == {name for row in select.operations() for name in functions_of(row)}
+assert {field.name for field in fields(Kernels)} == {name for row in select.operations() for name in functions_of(row)} | DECODING.keys()

@@ -27,7 +27,8 @@ def build(
     dispatch.say(choices)
     with torch.device("meta"):
         built = LanguageModel(model)
-    dispatch.use(built, dispatch.kernels_of(choices))
+    functions = dispatch.kernels_of(choices)
+    dispatch.use(built, functions if kernels == select.TORCH else dispatch.decoding(functions, choices, device))
     if seed is None:
         return built if torch.device(device).type == "meta" else built.to_empty(device=device)
     built.to_empty(device="cpu")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zexp.blocks import pattern
@@ -213,7 +212,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) in fp32 at least, from (..., D)."""
-        logits = F.linear(hidden, self.head_weight.to(hidden.dtype))
+        logits = self.kernels.linear(hidden, self.head_weight.to(hidden.dtype))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

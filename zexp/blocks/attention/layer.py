@@ -6,15 +6,15 @@ B batch · T positions · D model width · H query heads · G key-value heads ·
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zexp.blocks.attention.spec import Spec
 from zexp.blocks.cache import Cache, KeyValues
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.norm import RmsNorm
-from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.rotary.torch_backend import rotary
 
 
@@ -27,8 +27,8 @@ class Layer(BlockLayer):
         self.spec, self.head_dim = spec, spec.head_dim
         self.turned, self.scale = spec.turned(width), spec.scale(width)
         self.splits = (spec.heads, spec.kv_heads, spec.kv_heads, spec.heads if spec.output_gate else 0)
-        self.qkv = nn.Linear(width, sum(self.splits) * spec.head_dim, bias=spec.bias or spec.qkv_bias)
-        self.out = nn.Linear(spec.heads * spec.head_dim, width, bias=spec.bias)
+        self.qkv = Linear(width, sum(self.splits) * spec.head_dim, bias=spec.bias or spec.qkv_bias)
+        self.out = Linear(spec.heads * spec.head_dim, width, bias=spec.bias)
         self.q_norm = RmsNorm(spec.head_dim, eps) if spec.qk_norm else None
         self.k_norm = RmsNorm(spec.head_dim, eps) if spec.qk_norm else None
 
@@ -54,7 +54,7 @@ class Layer(BlockLayer):
         assert isinstance(cache, KeyValues)
         q, k, v, gate = self._projections(x_BTD, start=cache.seen)
         keys, values = cache.append(k, v)
-        return self._out(attention(q, keys, values, scale=self.scale, window=self.spec.seen), gate)
+        return self._out(self.kernels.attention_continue(q, keys, values, scale=self.scale, window=self.spec.seen), gate)
 
     def _projections(self, x_BTD: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and what becomes the gate, (B, T, heads, P) each."""

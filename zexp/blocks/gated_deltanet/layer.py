@@ -15,7 +15,7 @@ from zexp.blocks.context import Context
 from zexp.blocks.gated_deltanet.spec import Spec
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
+from zexp.blocks.linear import Linear
 from zexp.kernels.gated_delta.torch_backend import gated_delta_continue
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.precision import at_least_fp32
@@ -37,12 +37,12 @@ class Layer(BlockLayer):
         self.state_shape = (groups, keys, heads // groups * values)
         self.splits = spec.splits(width)
         self.qkv_splits = (groups * keys, groups * keys, heads * values)
-        self.in_proj = nn.Linear(width, sum(self.splits), bias=False)
+        self.in_proj = Linear(width, sum(self.splits), bias=False)
         self.conv_weight = nn.Parameter(torch.empty(self.splits[0], spec.conv_width))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.norm_weight = nn.Parameter(torch.empty(values))
-        self.out_proj = nn.Linear(heads * values, width, bias=False)
+        self.out_proj = Linear(heads * values, width, bias=False)
 
     def initialise(self, draw: Draw) -> None:
         draw.linear(self.in_proj)
@@ -71,7 +71,7 @@ class Layer(BlockLayer):
     def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
         assert isinstance(cache, Recurrent)
         qkv_BTC, z_BTI, a_BTH, b_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
-        qkv_BTC, cache["conv"] = causal_conv1d_continue(qkv_BTC, self.conv_weight, None, cache["conv"])
+        qkv_BTC, cache["conv"] = self.kernels.causal_conv1d_continue(qkv_BTC, self.conv_weight, None, cache["conv"])
         inputs = self._mixed(qkv_BTC, a_BTH, b_BTH)
         y_BTHP, cache["state"] = gated_delta_continue(*inputs, cache["state"], chunk=self.spec.chunk)
         return self._out(y_BTHP, z_BTI)

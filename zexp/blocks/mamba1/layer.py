@@ -16,9 +16,9 @@ from zexp.blocks.cache import Cache, Recurrent
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.mamba1.spec import Spec
 from zexp.blocks.norm import RmsNorm
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
 from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.selective_scan.torch_backend import selective_scan_continue
 
@@ -35,7 +35,7 @@ class Layer(BlockLayer):
         self.spec = spec
         inner, rank, size, heads = spec.inner(width), spec.rank(width), spec.state_size, spec.heads
         self.splits = (rank, size, size)
-        self.in_proj = nn.Linear(width, 2 * inner, bias=spec.bias)
+        self.in_proj = Linear(width, 2 * inner, bias=spec.bias)
         self.conv_weight = nn.Parameter(torch.empty(inner, spec.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(inner)) if spec.conv_bias else None
         self.x_proj = nn.Parameter(torch.empty(heads, sum(self.splits), inner // heads))
@@ -44,7 +44,7 @@ class Layer(BlockLayer):
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.empty(inner, size))
         self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, width, bias=spec.bias)
+        self.out_proj = Linear(inner, width, bias=spec.bias)
 
     def initialise(self, draw: Draw) -> None:
         draw.linear(self.in_proj)
@@ -79,7 +79,7 @@ class Layer(BlockLayer):
     def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
         assert isinstance(cache, Recurrent)
         x_BTI, z_BTI = self.in_proj(x_BTD).chunk(2, dim=-1)
-        x_BTI, cache["conv"] = causal_conv1d_continue(x_BTI, self.conv_weight, self.conv_bias, cache["conv"])
+        x_BTI, cache["conv"] = self.kernels.causal_conv1d_continue(x_BTI, self.conv_weight, self.conv_bias, cache["conv"])
         dt_BTI, b_BTHN, c_BTHN = self._selected(x_BTI)
         dt_BTI = F.softplus(at_least_fp32(dt_BTI) + self.dt_bias)
         y_BTI, cache["state"] = selective_scan_continue(

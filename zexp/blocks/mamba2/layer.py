@@ -13,10 +13,9 @@ from zexp.blocks.cache import Cache, Recurrent
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.mamba2.spec import Spec
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
 from zexp.kernels.precision import at_least_fp32
-from zexp.kernels.ssd.torch_backend import ssd_continue
 
 # Initial range of the published models (state-spaces/mamba, modules/mamba2.py).
 DECAY_RANGE = (1.0, 16.0)  # of -A, uniform
@@ -32,14 +31,14 @@ class Layer(BlockLayer):
         self.spec, self.eps = spec, eps
         inner, heads, channels = spec.inner(width), spec.heads(width), spec.conv_channels(width)
         self.splits = (inner, channels, heads)
-        self.in_proj = nn.Linear(width, sum(self.splits), bias=False)
+        self.in_proj = Linear(width, sum(self.splits), bias=False)
         self.conv_weight = nn.Parameter(torch.empty(channels, spec.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(channels))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.norm_weight = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
 
     def initialise(self, draw: Draw) -> None:
         draw.linear(self.in_proj)
@@ -71,8 +70,8 @@ class Layer(BlockLayer):
     def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
         assert isinstance(cache, Recurrent)
         z_BTI, mixed_BTC, dt_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
-        mixed_BTC, cache["conv"] = causal_conv1d_continue(mixed_BTC, self.conv_weight, self.conv_bias, cache["conv"])
-        y_BTHP, cache["state"] = ssd_continue(*self._scanned(mixed_BTC, dt_BTH), cache["state"], chunk=self.spec.chunk)
+        mixed_BTC, cache["conv"] = self.kernels.causal_conv1d_continue(mixed_BTC, self.conv_weight, self.conv_bias, cache["conv"])
+        y_BTHP, cache["state"] = self.kernels.ssd_continue(*self._scanned(mixed_BTC, dt_BTH), cache["state"], chunk=self.spec.chunk)
         return self._out(y_BTHP, z_BTI)
 
     def _scanned(self, mixed_BTC: Tensor, dt_BTH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from zexp.blocks.cache import Cache, Recurrent
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.mlp.spec import Spec
 from zexp.kernels.token_shift.torch_backend import token_shift, token_shift_continue
 
@@ -23,8 +24,8 @@ class Layer(BlockLayer):
         super().__init__()
         self.activation, self.place = spec.activation, place
         self.mix = nn.Parameter(torch.empty(1, width)) if spec.token_shift else None
-        self.up = nn.Linear(width, spec.width * (2 if spec.gated else 1), bias=spec.bias)
-        self.down = nn.Linear(spec.width, width, bias=spec.bias)
+        self.up = Linear(width, spec.width * (2 if spec.gated else 1), bias=spec.bias)
+        self.down = Linear(spec.width, width, bias=spec.bias)
 
     def initialise(self, draw: Draw) -> None:
         """A token shift and what follows it start as in RWKV-LM (BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, x070): the

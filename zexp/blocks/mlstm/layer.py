@@ -15,6 +15,7 @@ from zexp.blocks.cache import Cache, Recurrent
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.mlstm.spec import Spec
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.mlstm.torch_backend import Inputs, State, mlstm, mlstm_continue
@@ -35,10 +36,10 @@ class Layer(BlockLayer):
         keys, values = spec.keys(width), spec.values(width)
         self.splits = (keys, keys, values, values)
         self.cell = {"scale": (keys // spec.heads) ** -0.5, "eps": NORMALISER_EPS, "chunk": spec.chunk}
-        self.in_proj = nn.Linear(width, sum(self.splits), bias=False)
-        self.gates = nn.Linear(width, 2 * spec.heads, bias=True)
+        self.in_proj = Linear(width, sum(self.splits), bias=False)
+        self.gates = Linear(width, 2 * spec.heads, bias=True)
         self.norm_weight = nn.Parameter(torch.empty(spec.heads, values // spec.heads))
-        self.out_proj = nn.Linear(values, width, bias=False)
+        self.out_proj = Linear(values, width, bias=False)
 
     def initialise(self, draw: Draw) -> None:
         """As NX-AI/xlstm: "small" matrices in (std sqrt(2 / 5D)), Wang's out (2 / blocks / sqrt(D)), gates open by biases

@@ -13,6 +13,7 @@ from zexp.blocks.cache import Cache
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.moe.balance import Groups, aux_loss, sinkhorn_offsets, z_loss
 from zexp.blocks.moe.spec import Spec
 from zexp.kernels.moe.torch_backend import load
@@ -33,15 +34,15 @@ class Layer(BlockLayer):
         super().__init__()
         self.spec = spec
         parts = 2 if spec.gated else 1
-        self.router = nn.Linear(width, spec.experts, bias=spec.router_bias)
+        self.router = Linear(width, spec.experts, bias=spec.router_bias)
         self.up = nn.Parameter(torch.empty(spec.experts, parts * spec.width, width))
         self.down = nn.Parameter(torch.empty(spec.experts, width, spec.width))
         self.shared_up = self.shared_down = self.shared_gate = None
         if spec.shared_width > 0:
-            self.shared_up = nn.Linear(width, parts * spec.shared_width, bias=False)
-            self.shared_down = nn.Linear(spec.shared_width, width, bias=False)
+            self.shared_up = Linear(width, parts * spec.shared_width, bias=False)
+            self.shared_down = Linear(spec.shared_width, width, bias=False)
         if spec.shared_gate:
-            self.shared_gate = nn.Linear(width, 1, bias=False)
+            self.shared_gate = Linear(width, 1, bias=False)
         if spec.bias_rate > 0:
             self.register_buffer("choice_bias", torch.empty(spec.experts))
         self._load_E: Tensor | None = None  # choices of this step so far; in no state, which is of a step's end

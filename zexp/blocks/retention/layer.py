@@ -12,6 +12,7 @@ from zexp.blocks.cache import Cache, Recurrent
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.retention.spec import Spec
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.precision import at_least_fp32
@@ -38,9 +39,9 @@ class Layer(BlockLayer):
         self.spec, self.eps = spec, eps
         self.splits = (width, width, inner, inner if spec.gate else 0)
         self.retains = {"scale": (width // spec.heads) ** -0.5, "chunk": spec.chunk}
-        self.in_proj = nn.Linear(width, sum(self.splits), bias=False)
+        self.in_proj = Linear(width, sum(self.splits), bias=False)
         self.norm_weight = nn.Parameter(torch.empty(inner // spec.heads))
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
 
     def initialise(self, draw: Draw) -> None:
         width = self.splits[0]

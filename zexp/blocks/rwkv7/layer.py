@@ -12,6 +12,7 @@ from zexp.blocks.cache import Cache, Recurrent
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.rwkv7.spec import Spec
 from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.rwkv7_keys.torch_backend import rwkv7_keys
@@ -62,10 +63,10 @@ class Layer(BlockLayer):
         self.spec, self.place = spec, place
         heads, rank = (spec.heads(width), spec.head_dim), spec.lora_rank
         self.mix = nn.Parameter(torch.empty(len(MIX_POWERS), width))
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.receptance = Linear(width, width, bias=False)
+        self.key = Linear(width, width, bias=False)
+        self.value = Linear(width, width, bias=False)
+        self.output = Linear(width, width, bias=False)
         self.decay = _Narrow(width, rank.decay)
         self.rate = _Narrow(width, rank.rate)
         self.residual = None if place.index == 0 else _Narrow(width, rank.value)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from zexp.blocks.cache import KeyValues
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
+from zexp.blocks.linear import Linear
 from zexp.blocks.norm import RmsNorm
 from zexp.blocks.shared.spec import Spec
-from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.dispatch import TORCH, Kernels
 from zexp.kernels.rotary.torch_backend import rotary
 
@@ -23,8 +23,8 @@ class Adapter(nn.Module):
 
     def __init__(self, entered: int, rank: int, left: int):
         super().__init__()
-        self.down = nn.Linear(entered, rank, bias=False)
-        self.up = nn.Linear(rank, left, bias=False)
+        self.down = Linear(entered, rank, bias=False)
+        self.up = Linear(rank, left, bias=False)
 
     def initialise(self, draw: Draw) -> None:
         draw.linear(self.down)
@@ -44,7 +44,7 @@ class Call(nn.Module):
             nn.ModuleList(Adapter(entered, rank.attention, entered) for _ in range(3)) if rank.attention else None
         )
         self.mlp = Adapter(width, rank.mlp, 2 * spec.mlp_width) if rank.mlp else None
-        self.linear = nn.Linear(width, width, bias=False) if spec.call_linear else None
+        self.linear = Linear(width, width, bias=False) if spec.call_linear else None
 
     def initialise(self, draw: Draw) -> None:
         for adapter in self.qkv or ():
@@ -71,11 +71,11 @@ class Shared(nn.Module):
         self.head_dim = entered // spec.heads
         self.scale = (width / spec.heads) ** -0.5
         self.input_norm = RmsNorm(entered, eps)
-        self.qkv = nn.Linear(entered, 3 * entered, bias=False)
-        self.out = nn.Linear(entered, width, bias=False)
+        self.qkv = Linear(entered, 3 * entered, bias=False)
+        self.out = Linear(entered, width, bias=False)
         self.mlp_norm = RmsNorm(width, eps)
-        self.up = nn.Linear(width, 2 * spec.mlp_width, bias=False)
-        self.down = nn.Linear(spec.mlp_width, width, bias=False)
+        self.up = Linear(width, 2 * spec.mlp_width, bias=False)
+        self.down = Linear(spec.mlp_width, width, bias=False)
 
     def initialise(self, draw: Draw) -> None:
         self.input_norm.initialise(draw)
@@ -100,7 +100,7 @@ class Shared(nn.Module):
         """The same for the next T positions after those that the call's cache has seen."""
         q, k, v = self._projections(hidden_BTD, embedded_BTD, call, start=cache.seen)
         keys, values = cache.append(k, v)
-        return self._out(attention(q, keys, values, scale=self.scale), call)
+        return self._out(self.kernels.attention_continue(q, keys, values, scale=self.scale), call)
 
     def _projections(
         self, hidden_BTD: Tensor, embedded_BTD: Tensor, call: Call, start: int

@@ -9,8 +9,8 @@ from zexp.blocks.cache import Cache, Recurrent
 from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
+from zexp.blocks.linear import Linear
 from zexp.blocks.short_conv.spec import Spec
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
 
 
 class Layer(BlockLayer):
@@ -19,10 +19,10 @@ class Layer(BlockLayer):
     def __init__(self, spec: Spec, width: int, eps: float, place: Place):
         super().__init__()
         self.spec = spec
-        self.in_proj = nn.Linear(width, 3 * width, bias=spec.bias)
+        self.in_proj = Linear(width, 3 * width, bias=spec.bias)
         self.conv_weight = nn.Parameter(torch.empty(width, spec.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(width)) if spec.bias else None
-        self.out_proj = nn.Linear(width, width, bias=spec.bias)
+        self.out_proj = Linear(width, width, bias=spec.bias)
 
     def initialise(self, draw: Draw) -> None:
         """As the other convolutions here: LFM2's own initial weights are not published."""
@@ -42,5 +42,5 @@ class Layer(BlockLayer):
     def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
         assert isinstance(cache, Recurrent)
         b, c, x = self.in_proj(x_BTD).chunk(3, dim=-1)
-        y, cache["conv"] = causal_conv1d_continue(b * x, self.conv_weight, self.conv_bias, cache["conv"], silu=False)
+        y, cache["conv"] = self.kernels.causal_conv1d_continue(b * x, self.conv_weight, self.conv_bias, cache["conv"], silu=False)
         return self.out_proj(c * y)

@@ -13,7 +13,6 @@ from zexp.blocks.context import Context
 from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.slstm.spec import Spec
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.slstm.torch_backend import FORGET, State, slstm, slstm_continue
@@ -75,7 +74,7 @@ class Layer(BlockLayer):
         assert isinstance(cache, Recurrent)
         filtered_BTD = x_BTD
         if self.spec.conv_width is not None:
-            filtered_BTD, cache["conv"] = causal_conv1d_continue(x_BTD, self.conv_weight, self.conv_bias, cache["conv"])
+            filtered_BTD, cache["conv"] = self.kernels.causal_conv1d_continue(x_BTD, self.conv_weight, self.conv_bias, cache["conv"])
         before = State(cache["hidden"], cache["value"], cache["log_normaliser"])
         h, state = slstm_continue(self._gates(x_BTD, filtered_BTD), self.recurrent_weight, before)
         cache["hidden"], cache["value"], cache["log_normaliser"] = state

@@ -15,7 +15,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from zexp.kernels.cpp.compiler import compiler, flags, identity
 log = logging.getLogger(__name__)
 
 SOURCE = "kernel.cpp"
+ALONE = 1 << 15  # numbers that one thread has done before a second is awake; what torch's own elementwise operations take
+
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -49,18 +51,29 @@ def sources(operation: str) -> dict[str, str]:
     return {name: file.read_text(encoding="utf-8") for name, file in found.items()}
 
 
-def call(operation: str, function: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
-    """Calls `<function>_<f32 or bf16>` with pointers, 64-bit integers and floats, and the number of threads at last."""
-    converted = [_converted(arg) for arg in (*args, torch.get_num_threads())]
+def call(
+    operation: str, function: str, dtype: torch.dtype, *args: Tensor | int | float | None, numbers: int | None = None
+) -> None:
+    """Calls `<function>_<f32 or bf16>` with pointers, 64-bit integers and floats, and the number of threads at last.
+
+    numbers: that are computed; of few it is one thread. None = many.
+    """
+    threads = 1 if numbers is not None and numbers < ALONE else torch.get_num_threads()
+    converted = [_converted(arg) for arg in (*args, threads)]
     getattr(library(operation), f"{function}_{SUFFIX[dtype]}")(*converted)
 
 
-def not_taken(*, activations: Iterable[Tensor], whole: Iterable[Tensor | None] = ()) -> str | None:
-    """Why no kernel takes a call: activations are all fp32 or all bf16, what is given whole (weights, steps, decays) is fp32."""
+def not_taken(
+    *, activations: Iterable[Tensor], whole: Iterable[Tensor | None] = (), taken: Collection[torch.dtype] = (torch.float32,)
+) -> str | None:
+    """Why no kernel takes a call: activations are all fp32 or all bf16, what is given whole (weights, steps, decays) is fp32.
+
+    taken: dtypes of what is given whole, where the caller makes fp32 of it.
+    """
     types = {tensor.dtype for tensor in activations}
     if len(types) > 1 or not types <= SUFFIX.keys():
         return f"inputs in {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}, the kernel takes fp32 or bf16"
-    other = next((tensor.dtype for tensor in whole if tensor is not None and tensor.dtype != torch.float32), None)
+    other = next((tensor.dtype for tensor in whole if tensor is not None and tensor.dtype not in taken), None)
     return None if other is None else f"weights in {str(other).removeprefix('torch.')}, the kernel takes fp32"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zexp.kernels.cpp.library import call, library, not_taken
+from zexp.kernels.cpp.library import SUFFIX, call, library, not_taken
 from zexp.kernels.fused import Fused
 
 
@@ -19,19 +19,27 @@ def cpp() -> dict[str, Fused]:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As the torch backend's."""
-    return _RmsNorm.apply(x, weight_D, eps)
+    weight_D = weight_D.float()
+    return _RmsNorm.apply(x, weight_D, eps) if torch.is_grad_enabled() else _normed(x.contiguous(), weight_D, eps)[0]
 
 
 def refuses(x: Tensor, weight_D: Tensor, eps: float) -> str | None:
-    return not_taken(activations=(x,), whole=(weight_D,))
+    return not_taken(activations=(x,), whole=(weight_D,), taken=SUFFIX)
+
+
+def _normed(x_MD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and one over the root mean square of each row."""
+    y_MD, inverse_M = torch.empty_like(x_MD), x_MD.new_empty(x_MD.shape[:-1], dtype=torch.float32)
+    sizes = (inverse_M.numel(), x_MD.shape[-1])
+    call("rms_norm", "forward", x_MD.dtype, x_MD, weight_D, y_MD, inverse_M, *sizes, eps, numbers=x_MD.numel())
+    return y_MD, inverse_M
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x_MD = x.contiguous()
-        y_MD, inverse_M = torch.empty_like(x_MD), x_MD.new_empty(x_MD.shape[:-1], dtype=torch.float32)
-        call("rms_norm", "forward", x_MD.dtype, x_MD, weight_D, y_MD, inverse_M, inverse_M.numel(), x_MD.shape[-1], eps)
+        y_MD, inverse_M = _normed(x_MD, weight_D, eps)
         ctx.save_for_backward(x_MD, weight_D, inverse_M)
         return y_MD
 

@@ -45,6 +45,26 @@ def ssd(
         return _Ssd.apply(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, min(chunk, x_BTHP.shape[1]), documents)
 
 
+@torch.no_grad()
+def ssd_continue(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    a_H: Tensor,
+    b_BTGN: Tensor,
+    c_BTGN: Tensor,
+    d_H: Tensor,
+    state_BGNJ: Tensor,
+    *,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """As the torch backend's, of inputs that `refuses` lets pass and a state in fp32."""
+    inputs = _inputs(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H)
+    last_BGNJ = torch.empty(state_BGNJ.shape, dtype=torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        y_BTHP, _ = _scan(inputs, min(chunk, x_BTHP.shape[1]), None, state_BGNJ.contiguous(), last_BGNJ)
+    return y_BTHP, last_BGNJ
+
+
 def refuses(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
@@ -120,19 +140,9 @@ class _Ssd(torch.autograd.Function):
         chunk: int,
         documents: Documents | None,
     ) -> Tensor:
-        inputs = _Inputs(_side_by_side(x_BTHP), dt_BTH.contiguous(), a_H.contiguous(), *map(_side_by_side, (b_BTGN, c_BTGN)), d_H)
+        inputs = _inputs(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H)
         ids = None if documents is None else documents.ids_int64()
-        at = _Chunks(inputs, chunk, ids)
-        leaving = _product(at.b_MGQN.mT, at.reaching_MGQJ)
-        entering = torch.empty_like(leaving)
-        at.call("carry", leaving, at.carry_MH, entering)
-        read, scores = _product(at.c_MGQN, entering), at.scores()
-        y_BTHP = torch.empty(x_BTHP.shape, dtype=x_BTHP.dtype)
-        for first, count in at.parts():
-            weights = torch.empty(count, at.heads, chunk, chunk, dtype=at.dtype)
-            at.call("weigh", at.sums_MHQ, ids, scores, weights, first, count)
-            inside = _product(weights, at.written_MHQP[first : first + count])
-            at.call("leave", inputs.x_BTHP, d_H, at.sums_MHQ, ids, read, inside, y_BTHP, first, count)
+        y_BTHP, entering = _scan(inputs, chunk, ids)
         ctx.save_for_backward(*inputs, entering)
         ctx.chunk, ctx.ids = chunk, ids
         return y_BTHP
@@ -169,6 +179,30 @@ class _Ssd(torch.autograd.Function):
         at.call("unpack", db, _product(dscores.mT, at.c_MGQN), db_BTGN)
         at.call("unpack", dc, _product(dscores, at.b_MGQN), dc_BTGN)
         return dx, ddt, da.sum(0), db_BTGN, dc_BTGN, dd.sum(0), None, None
+
+
+def _inputs(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, d_H: Tensor) -> _Inputs:
+    b, c = _side_by_side(b_BTGN), _side_by_side(c_BTGN)
+    return _Inputs(_side_by_side(x_BTHP), dt_BTH.contiguous(), a_H.contiguous(), b, c, d_H)
+
+
+def _scan(
+    inputs: _Inputs, chunk: int, ids: Tensor | None, initial: Tensor | None = None, last: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y, and the states that enter the chunks. initial: the one before the first position, None = zeros; last: gets the one after."""
+    at = _Chunks(inputs, chunk, ids)
+    leaving = _product(at.b_MGQN.mT, at.reaching_MGQJ)
+    entering = torch.empty_like(leaving)
+    at.call("carry", leaving, at.carry_MH, initial, entering, last)
+    del leaving
+    read, scores = _product(at.c_MGQN, entering), at.scores()
+    y_BTHP = torch.empty(inputs.x_BTHP.shape, dtype=at.dtype)
+    for first, count in at.parts():
+        weights = torch.empty(count, at.heads, chunk, chunk, dtype=at.dtype)
+        at.call("weigh", at.sums_MHQ, ids, scores, weights, first, count)
+        inside = _product(weights, at.written_MHQP[first : first + count])
+        at.call("leave", inputs.x_BTHP, inputs.d_H, at.sums_MHQ, ids, read, inside, y_BTHP, first, count)
+    return y_BTHP, entering
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

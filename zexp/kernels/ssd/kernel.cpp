@@ -117,15 +117,17 @@ void carries(const Sizes& size, const float* sums, const int64_t* ids, float* ca
     }
 }
 
-// The state that enters each chunk (M, G, N, J P) from what each chunk adds to it; carried in fp32.
+// The state that enters each chunk (M, G, N, J P) from what each chunk adds to it; carried in fp32. initial: the state before the
+// first chunk (B, G, N, J P), null: zeros. last: the state after the last chunk; null: it is not asked for.
 template <class T>
-void carry(const Sizes& size, const T* leaving, const float* carry_MH, T* entering, int threads) {
+void carry(const Sizes& size, const T* leaving, const float* carry_MH, const float* initial, T* entering, float* last, int threads) {
     int64_t H = size.heads, P = size.width, G = size.groups, N = size.state, J = H / G, C = size.chunks(), inner = size.inner();
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int64_t bg = 0; bg < size.batch * G; bg++) {
         for (int64_t n = 0; n < N; n++) {
             int64_t b = bg / G, g = bg % G;
             std::vector<float> state(inner, 0.0f);
+            if (initial != nullptr) std::memcpy(state.data(), initial + (bg * N + n) * inner, inner * sizeof(float));
             for (int64_t c = 0; c < C; c++) {
                 int64_t m = b * C + c, at = ((m * G + g) * N + n) * inner;
                 for (int64_t j = 0; j < J; j++) {
@@ -140,6 +142,7 @@ void carry(const Sizes& size, const T* leaving, const float* carry_MH, T* enteri
                     }
                 }
             }
+            if (last != nullptr) std::memcpy(last + (bg * N + n) * inner, state.data(), inner * sizeof(float));
         }
     }
 }
@@ -366,8 +369,9 @@ void unpack(const Sizes& size, const T* one, const T* other, T* out, int threads
         enter(*size, x, dt, a, b, c, ids, dy, sums, written, leaving, b_packed, c_packed, dy_heads, dread, threads);              \
         carries(*size, sums, ids, carry_MH, threads);                                                                            \
     }                                                                                                                            \
-    void carry_##NAME(const Sizes* size, const T* leaving, const float* carry_MH, T* entering, int64_t threads) {                \
-        carry(*size, leaving, carry_MH, entering, threads);                                                                      \
+    void carry_##NAME(const Sizes* size, const T* leaving, const float* carry_MH, const float* initial, T* entering, float* last,\
+                      int64_t threads) {                                                                                         \
+        carry(*size, leaving, carry_MH, initial, entering, last, threads);                                                       \
     }                                                                                                                            \
     void carry_backward_##NAME(const Sizes* size, const T* dentering, const T* entering, const float* carry_MH, T* dleaving,     \
                                float* dsum, int64_t threads) {                                                                   \
