@@ -94,7 +94,7 @@ class _Span(NamedTuple):
     stop: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.stop - self.start
 
 
@@ -103,7 +103,7 @@ class _Tile:
 
     def __init__(self, of: _Tiles, pairs: _Span, rows: _Span, keys: _Span):
         self._of, self._pairs, self._rows, self._keys = of, pairs, rows, keys
-        self.pairs, self.queries, self.seen = pairs.count, of.heads * rows.count, keys.count
+        self.pairs, self.queries, self.seen = pairs.size, of.heads * rows.size, keys.size
         self.q, self.k = self.rows(of.q, "q"), self.keys(of.k, "k")
 
     def rows(self, x_BTHP: Tensor, name: str) -> Tensor:
@@ -140,17 +140,17 @@ class _Tile:
         call("attention", "softmax_backward", scores.dtype, scores, grads, self._of.firsts, kept, *self._sizes())
 
     def _gathered(self, x: Tensor, heads: int, span: _Span, name: str) -> Tensor:
-        tile = self._of.room(name, self.pairs, heads * span.count, x.shape[-1])
+        tile = self._of.room(name, self.pairs, heads * span.size, x.shape[-1])
         call("attention", "gather", x.dtype, x, tile, *self._part(x, heads, span))
         return tile
 
     def _part(self, x: Tensor, heads: int, span: _Span) -> tuple[int, ...]:
-        own = (self._of.groups, heads, x.shape[-1], self._pairs.start, self.pairs, span.start, span.count)
+        own = (self._of.groups, heads, x.shape[-1], self._pairs.start, self.pairs, span.start, span.size)
         return (*own, *x.stride()[:3])
 
     def _sizes(self) -> tuple[int | float, ...]:
         of, rows, keys = self._of, self._rows, self._keys
-        own = (of.groups, of.heads, of.length, self._pairs.start, self.pairs, rows.start, rows.count, keys.start, keys.count)
+        own = (of.groups, of.heads, of.length, self._pairs.start, self.pairs, rows.start, rows.size, keys.start, keys.size)
         return (*own, of.window or 0, of.scale)
 
 

@@ -113,7 +113,7 @@ void softmax(T* scores, const int64_t* firsts, float* kept, Scores size, int thr
             for (int64_t l = 0; l < count; l++) p[l] = load(at[begin + l]) * size.scale;
             for (int64_t l = count; l < filled; l++) p[l] = -INFINITY;
 #pragma omp simd reduction(max : largest)
-            for (int64_t l = 0; l < filled; l++) largest = std::max(largest, p[l]);
+            for (int64_t l = 0; l < filled; l++) largest = p[l] > largest ? p[l] : largest;
 #pragma omp simd reduction(+ : sum)
             for (int64_t l = 0; l < filled; l++) {
                 p[l] = exp(p[l] - largest);
