@@ -6,7 +6,8 @@ N pairs of a sequence and a key-value head · L keys that a tile sees · n pairs
 A tile is W queries of some pairs against all the keys that they see. Its queries, keys and values are copied from where they lie
 into arrays that stay in the cache, with which torch.bmm reaches its best rate; one pass makes probabilities of the scores, in
 their place, and one pass of the backward pass the probabilities again and the gradients of the scores. Kept are q, k and v, and
-two numbers a query: its largest score, and the sum of its exponentials.
+two numbers a query: its largest score, and the sum of its exponentials. Forward and backward of 8 sequences of 512 with 4 heads
+of 64 take 43 ms a thread in bf16, of which 28 are the products, and 76 in fp32, of which 58 (AVX-512 with bf16).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from zexp.kernels.documents import Documents
 from zexp.kernels.fused import Fused
 
 ROWS = 128  # W: fewer are more calls, more are more scores above the diagonal
-TILE_ELEMENTS = 1 << 19  # scores of a tile
+TILE_BYTES = 1 << 21  # of a tile's scores
 
 
 def cpp() -> dict[str, Fused]:
@@ -163,7 +164,8 @@ class _Tiles:
         self.heads = q.shape[2] // self.groups
         self.firsts = None if documents is None else documents.firsts()
         self._all = q.shape[0] * self.groups
-        self._together = max(1, min(self._all, TILE_ELEMENTS // (self.heads * min(ROWS, self.length) * self.length)))
+        bytes_of_a_pair = self.heads * min(ROWS, self.length) * self.length * q.element_size()
+        self._together = max(1, min(self._all, TILE_BYTES // bytes_of_a_pair))
         self._rooms: dict[str, Tensor] = {}
 
     def room(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
