@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(compiler.compiler() is None, reason="needs a C++
 CPU = torch.device("cpu")
 TYPES = (torch.float32, torch.bfloat16)
 FUNCTIONS = [(operation, name) for operation in select.IN_CPP for name in dispatch.functions_of(operation)]
-WITHOUT_PRODUCTS = [pair for pair in FUNCTIONS if pair[0] in ("activation", "causal_conv1d", "gated_norm", "rms_norm")]
+WITHOUT_PRODUCTS = [pair for pair in FUNCTIONS if pair[0] in ("activation", "causal_conv1d", "gated_norm", "rms_norm", "rotary")]
 
 
 def function_of(operation: str, name: str):
@@ -146,6 +146,13 @@ def test_an_exponential_is_one_over_its_whole_range(tmp_path):
 def test_nan_stays_nan_in_activations(name, dtype):
     x = torch.full((3, 16), float("nan"), dtype=dtype)
     assert function_of("activation", "mlp_activation")(x, name).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_erf", "gelu_tanh", "relu"])
+def test_slopes_of_activations_end_in_0_and_1_however_large_x_is(name):
+    x = torch.tensor([-1e30, -1e20, -100.0, 100.0, 1e20, 1e30], requires_grad=True)
+    (dx,) = torch.autograd.grad(function_of("activation", "mlp_activation")(x, name).sum(), x)
+    assert torch.equal(dx, torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]))
 
 
 def test_a_diverged_row_is_seen_in_the_loss_and_in_norms():

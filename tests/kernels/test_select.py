@@ -38,7 +38,7 @@ def test_on_a_cpu_auto_takes_what_there_is_in_cpp(monkeypatch):
     monkeypatch.setattr(select, "compiler", lambda: "/usr/bin/g++")
     operations = [*select.IN_CPP, "wkv7"]
     found = names("auto", operations, Machine(kind="cpu"), deterministic=True)
-    assert found == {operation: "cpp" for operation in select.IN_CPP} | {"wkv7": "torch"}
+    assert found == dict.fromkeys(select.IN_CPP, "cpp") | {"wkv7": "torch"}
     assert set(names("torch", operations, Machine(kind="cpu")).values()) == {"torch"}
 
 

@@ -28,6 +28,7 @@ from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
 from zexp.kernels.moe.torch_backend import moe
 from zexp.kernels.retention.torch_backend import retention
 from zexp.kernels.rms_norm.torch_backend import rms_norm
+from zexp.kernels.rotary.torch_backend import rotary
 from zexp.kernels.select import Choice, Machine
 from zexp.kernels.selective_scan.torch_backend import selective_scan
 from zexp.kernels.ssd.torch_backend import ssd, ssd_continue
@@ -56,6 +57,7 @@ class Kernels:
     norm_gated: Function = norm_gated
     retention: Function = retention
     rms_norm: Function = rms_norm
+    rotary: Function = rotary
     selective_scan: Function = selective_scan
     ssd: Function = ssd
     ssd_continue: Callable[..., Any] = ssd_continue

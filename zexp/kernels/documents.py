@@ -63,6 +63,15 @@ class Documents:
         """Whether a position is the first of a document other than its row's first: (B, T) bool."""
         return self.once("starts", lambda: F.pad(self.ids_BT[:, 1:] != self.ids_BT[:, :-1], (1, 0)))
 
+    def firsts(self) -> Tensor:
+        """The position in its row at which each position's document begins: (B, T) int64, side by side."""
+
+        def make() -> Tensor:
+            positions_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
+            return (positions_T * self.starts()).cummax(1).values
+
+        return self.once("firsts", make)
+
     def ends(self) -> tuple[Tensor, int]:
         """Of all rows one after the other: 0 and the position after each document, int32, and the longest one's length.
 

@@ -212,6 +212,13 @@ def _moe(randn: Randn, m: int, d: int, e: int, f: int, k: int, name: str) -> Sam
     )  # fmt: skip
 
 
+def _rotary(randn: Randn, b: int, t: int, h: int, p: int, turned: int | None = None, start: int = 0) -> Sample:
+    return Sample(
+        size={}, tensors={"x": randn(b, t, h, p)}, after=(10_000.0,), options={"turned": turned, "start": start}, packs=False,
+        flops=3.0 * b * t * h * p,
+    )  # fmt: skip
+
+
 _MAKERS: dict[str, Callable[..., Sample]] = {
     "attention": _attention,
     "causal_conv1d": _causal_conv1d,
@@ -224,6 +231,7 @@ _MAKERS: dict[str, Callable[..., Sample]] = {
     "norm_gated": _gated_norm,
     "retention": _retention,
     "rms_norm": _rms_norm,
+    "rotary": _rotary,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
     "wkv7": _wkv7,
@@ -262,6 +270,7 @@ CHECKED: dict[str, tuple[Size, ...]] = {
         {"b": 2, "t": 131, "h": 3, "n": 64, "p": 128, "documents": (60, 1, 41, 29)},
     ),
     "rms_norm": ({"m": 67, "d": 192}, {"m": 3, "d": 1000}),
+    "rotary": ({"b": 2, "t": 67, "h": 3, "p": 64}, {"b": 1, "t": 5, "h": 2, "p": 40, "turned": 22, "start": 300}),
     "selective_scan": (
         {"b": 2, "t": 67, "i": 32, "h": 1, "n": 16},
         {"b": 2, "t": 131, "i": 32, "h": 2, "n": 16, "documents": (60, 1, 41, 29)},
@@ -292,6 +301,7 @@ TIMED: dict[str, dict[str, Size]] = {
         "norm_gated": {"m": 16384, "d": 4096, "groups": 1},
         "retention": {"b": 4, "t": 4096, "h": 8, "n": 256, "p": 512},
         "rms_norm": {"m": 16384, "d": 2048},
+        "rotary": {"b": 4, "t": 4096, "h": 16, "p": 128},
         "selective_scan": {"b": 4, "t": 4096, "i": 4096, "h": 1, "n": 16, "bias": True, "gated": True},
         "ssd": {"b": 4, "t": 4096, "h": 64, "p": 64, "g": 1, "n": 128},
         "wkv7": {"b": 4, "t": 4096, "h": 32, "n": 64},
@@ -308,6 +318,7 @@ TIMED: dict[str, dict[str, Size]] = {
         "norm_gated": {"m": 2048, "d": 512, "groups": 1},
         "retention": {"b": 4, "t": 512, "h": 4, "n": 64, "p": 128},
         "rms_norm": {"m": 2048, "d": 256},
+        "rotary": {"b": 4, "t": 512, "h": 4, "p": 64},
         "selective_scan": {"b": 4, "t": 512, "i": 512, "h": 1, "n": 16, "bias": True, "gated": True},
         "ssd": {"b": 4, "t": 512, "h": 8, "p": 64, "g": 1, "n": 64},
         "wkv7": {"b": 4, "t": 512, "h": 4, "n": 64},

@@ -88,7 +88,9 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 }
 
 CPP = Backend(name="cpp", package=None, modules=(), device="cpu")
-IN_CPP = ("activation", "causal_conv1d", "cross_entropy", "gated_norm", "moe", "rms_norm", "selective_scan", "ssd")
+IN_CPP = (
+    "activation", "attention", "causal_conv1d", "cross_entropy", "gated_norm", "moe", "rms_norm", "rotary", "selective_scan", "ssd",
+)  # fmt: skip
 
 
 def candidates(operation: str, kind: str) -> tuple[Backend, ...]:

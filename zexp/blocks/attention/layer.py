@@ -15,7 +15,6 @@ from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.linear import Linear
 from zexp.blocks.norm import RmsNorm
-from zexp.kernels.rotary.torch_backend import rotary
 
 
 class Layer(BlockLayer):
@@ -63,8 +62,8 @@ class Layer(BlockLayer):
             q, k = self.q_norm(q), self.k_norm(k)
         theta, scaling = self.spec.rope_theta, self.spec.rope_scaling
         if theta is not None:
-            q = rotary(q, theta, turned=self.turned, start=start, scaling=scaling)
-            k = rotary(k, theta, turned=self.turned, start=start, scaling=scaling)
+            q = self.kernels.rotary(q, theta, turned=self.turned, start=start, scaling=scaling)
+            k = self.kernels.rotary(k, theta, turned=self.turned, start=start, scaling=scaling)
         return q, k, v, gate
 
     def _out(self, mixed_BTHP: Tensor, gate: Tensor) -> Tensor:

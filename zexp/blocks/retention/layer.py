@@ -17,7 +17,6 @@ from zexp.blocks.retention.spec import Spec
 from zexp.kernels.head_norm.torch_backend import head_norm
 from zexp.kernels.precision import at_least_fp32
 from zexp.kernels.retention.torch_backend import retention_continue
-from zexp.kernels.rotary.torch_backend import rotary
 
 IN_GAIN = 2.0**-2.5  # of Xavier's range, for the matrices that read the stream (microsoft/torchscale, RetNet)
 
@@ -74,7 +73,7 @@ class Layer(BlockLayer):
         q, k, v = (part.unflatten(-1, (self.spec.heads, -1)) for part in parts)
         theta = self.spec.rope_theta
         if theta is not None:
-            q, k = rotary(q, theta, start=start), rotary(k, theta, start=start)
+            q, k = (self.kernels.rotary(x, theta, start=start) for x in (q, k))
         return q, k, v, gate
 
     def _out(self, y_BTHP: Tensor, gate_BTI: Tensor) -> Tensor:

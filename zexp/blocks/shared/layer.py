@@ -15,7 +15,6 @@ from zexp.blocks.linear import Linear
 from zexp.blocks.norm import RmsNorm
 from zexp.blocks.shared.spec import Spec
 from zexp.kernels.dispatch import TORCH, Kernels
-from zexp.kernels.rotary.torch_backend import rotary
 
 
 class Adapter(nn.Module):
@@ -113,7 +112,7 @@ class Shared(nn.Module):
             qkv = qkv + torch.cat([adapter(x_BTE) for adapter in call.qkv], dim=-1)
         q, k, v = qkv.unflatten(-1, (3 * self.spec.heads, -1)).split(self.spec.heads, dim=2)
         if self.spec.rope_theta is not None:
-            q, k = rotary(q, self.spec.rope_theta, start=start), rotary(k, self.spec.rope_theta, start=start)
+            q, k = (self.kernels.rotary(x, self.spec.rope_theta, start=start) for x in (q, k))
         return q, k, v
 
     def _out(self, mixed_BTHP: Tensor, call: Call) -> Tensor:

@@ -31,7 +31,8 @@ struct GeluErf {
 struct GeluTanh {
     static Both of(float x) {
         float u = 0.79788456f * (x + 0.044715f * x * x * x), s = sigmoid(2.0f * u);
-        return {x * s, s + 2.0f * x * s * (1.0f - s) * 0.79788456f * (1.0f + 0.134145f * x * x)};
+        float near = x > 10.0f ? 10.0f : (x < -10.0f ? -10.0f : x);  // beyond it s (1 - s) is 0, and the square may be infinite
+        return {x * s, s + 2.0f * near * s * (1.0f - s) * 0.79788456f * (1.0f + 0.134145f * near * near)};
     }
 };
 

@@ -22,13 +22,20 @@ def rotary(
     Source: Su et al. 2021 (arXiv:2104.09864), eq. (34), in the pairing of Llama; the partial form of GPT-NeoX.
     """
     width = x_BTHP.shape[3] if turned is None else turned
-    end = start + x_BTHP.shape[1]
-    room = max(256, 1 << (end - 1).bit_length()) if start else end  # decoding: one table for many starts
-    cos, sin = _table(room, width, theta, scaling, x_BTHP.device, x_BTHP.dtype)
-    cos, sin = cos[start:end], sin[start:end]
+    cos, sin = angles(start, x_BTHP.shape[1], width, theta, scaling, x_BTHP.device, x_BTHP.dtype)
     first, second = x_BTHP[..., : width // 2], x_BTHP[..., width // 2 : width]
     parts = (first * cos - second * sin, second * cos + first * sin, x_BTHP[..., width:])
     return torch.cat(parts[:2] if width == x_BTHP.shape[3] else parts, dim=-1)
+
+
+def angles(
+    start: int, length: int, width: int, theta: float, scaling: RopeScaling | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles of `length` positions from `start`, (T, 1, R/2), side by side."""
+    end = start + length
+    room = max(256, 1 << (end - 1).bit_length()) if start else end  # decoding: one table for many starts
+    cos, sin = _table(room, width, theta, scaling, device, dtype)
+    return cos[start:end], sin[start:end]
 
 
 def frequencies(width: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -46,7 +53,7 @@ def _table(
     length: int, width: int, theta: float, scaling: RopeScaling | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, (T, 1, R/2). Angles are taken in fp64: position 100000 times a rounded fp32 frequency is off by 0.01."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # evaluation may be what makes it, and training what keeps it
         positions = torch.arange(length, dtype=torch.float64, device=device)
         angles = torch.outer(positions, frequencies(width, theta, scaling).to(device))[:, None, :]
         return angles.cos().to(dtype), angles.sin().to(dtype)
