@@ -61,7 +61,7 @@ def test_a_step_on_a_cpu(gpu, monkeypatch):
     monkeypatch.setitem(gpu.SEQ_LEN, "cpu", 32)
     model = gpu.architecture("mamba2_tiny", "mamba2_tiny", CPU)
     found = gpu.measured_step(model, CPU, "auto", {"of_measured": 1e11}, deterministic=True, seconds=0.0)
-    assert found["backends"]["ssd"] == "torch"
+    assert found["backends"]["ssd"] == "cpp"
     assert found["memory"]["peak_bytes"] is None and found["memory"]["estimated_bytes"] > 0
     assert found["step"]["n"] == 3 and found["losses"][0] == pytest.approx(8.3, abs=0.3)  # ln 4096
     assert not torch.are_deterministic_algorithms_enabled()

@@ -12,6 +12,7 @@ from zexp.calc import memory
 from zexp.calc import model as calc
 from zexp.calc.layout import Layout
 from zexp.config.errors import ConfigError
+from zexp.kernels import select
 
 SMALL = ("seq_len=32", "phases.pretrain.batch_tokens=256", "execution.device=cpu")
 
@@ -30,7 +31,7 @@ def test_a_step_is_measured_and_its_parts_sum_to_it(ceilings, capsys, arch, prec
     assert one["flops_per_second"] == pytest.approx(one["tokens_per_second"] * one["flops_per_token"]["train"])
     assert one["mfu"]["of_measured"] == pytest.approx(one["flops_per_second"] / CEILINGS[f"matmul_{precision}"])
     assert one["mfu"]["of_datasheet"] is None and any("GPU" in text for text in one["not_measured"])
-    assert set(one["backends"].values()) == {"torch"}
+    assert one["backends"] == {name: "cpp" if name in select.IN_CPP else "torch" for name in one["backends"]}
     rows, found = one["breakdown"]["rows"], one["breakdown"]
     assert sum(row["seconds"] for row in rows) + found["remainder_seconds"] == pytest.approx(found["whole_seconds"])
     assert sum(row["share"] for row in rows) == pytest.approx(1 - found["remainder_seconds"] / found["whole_seconds"])
