@@ -27,9 +27,9 @@ MODELS: dict[str, dict[str, Any]] = {
 EXPERTS = {"pattern": "2*(a e)", "width": 16, "blocks": {"a": {"heads": 4}, "e": {"width": 12, "experts": 4, "shared_width": 8}}}
 
 
-def kept(model: dict[str, Any], *, precision: str, packed: bool) -> int:
+def kept(model: dict[str, Any], *, precision: str, packed: bool, kernels: str = "torch") -> int:
     """Bytes that a forward pass with its loss keeps for its backward pass, weights and the head's gradient left out."""
-    built = build(model, seed=0)
+    built = build(model, seed=0, kernels=kernels)
     sizes = {weight.untyped_storage().data_ptr(): 0 for weight in built.parameters()}
     alive = []  # else an address may be given to two tensors
 
@@ -60,6 +60,15 @@ def test_activations_are_what_torch_keeps(name, precision, packed):
     # fp32: masks of Mamba2's documents are not counted. bf16: a block has one mean size for all of its numbers.
     within = 0.03 if precision == "fp32" else 0.15
     assert counted == pytest.approx(kept(model, precision=precision, packed=packed), rel=within)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_in_cpp_keep_no_more_than_is_counted(name, precision):
+    """The count is of the torch backends; what is planned by it fits."""
+    model = resolve_model(MODELS[name], VOCAB)
+    counted = training(model, Layout(), seq_len=LENGTH, micro_batch=BATCH, precision=precision).activations
+    assert kept(model, precision=precision, packed=True, kernels="auto") <= counted * (1.03 if precision == "fp32" else 1.15)
 
 
 def mixed(**layout: Any):
