@@ -88,14 +88,11 @@ void attend(const Keys& size, const T* q, const T* k, const T* v, T* out, float 
 #pragma omp parallel for collapse(2) num_threads(use)
     for (int64_t b = 0; b < size.batch; b++) {
         for (int64_t block = 0; block < blocks; block++) {
-            int64_t first = block * BLOCK, count = std::min(BLOCK, size.length - first), whole = count / TOGETHER * TOGETHER;
+            int64_t first = block * BLOCK, count = std::min(BLOCK, size.length - first);
             std::vector<float> query(H * P), weights(H * BLOCK);
             floats(query.data(), q + b * H * P, H * P, scale);
             const T *keys = k + b * size.k_sequence + first * size.k_row, *values = v + b * size.v_sequence + first * size.v_row;
-            for (int64_t s = 0; s < whole; s += TOGETHER)
-                for (int64_t h = 0; h < H; h++)
-                    products(&weights[h * BLOCK + s], keys + s * size.k_row + h / J * P, size.k_row, &query[h * P], P);
-            for (int64_t s = whole; s < count; s++)
+            for (int64_t s = 0; s < count; s++)  // all heads of a position, then the next: in the order of memory
                 for (int64_t h = 0; h < H; h++)
                     weights[h * BLOCK + s] = product(keys + s * size.k_row + h / J * P, &query[h * P], P);
             int64_t place = (b * blocks + block) * H;
@@ -110,18 +107,7 @@ void attend(const Keys& size, const T* q, const T* k, const T* v, T* out, float 
                 }
                 largest[place + h] = most, totals[place + h] = total;
             }
-            for (int64_t s = 0; s < whole; s += TOGETHER) {
-                for (int64_t h = 0; h < H; h++) {
-                    const T *row = values + s * size.v_row + h / J * P, *second = row + size.v_row, *third = second + size.v_row;
-                    const T* fourth = third + size.v_row;
-                    const float* w = &weights[h * BLOCK + s];
-                    float *sum = &sums[(place + h) * P], w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-#pragma omp simd
-                    for (int64_t p = 0; p < P; p++)
-                        sum[p] += (w0 * load(row[p]) + w1 * load(second[p])) + (w2 * load(third[p]) + w3 * load(fourth[p]));
-                }
-            }
-            for (int64_t s = whole; s < count; s++) {
+            for (int64_t s = 0; s < count; s++) {
                 for (int64_t h = 0; h < H; h++) {
                     const T* row = values + s * size.v_row + h / J * P;
                     float *sum = &sums[(place + h) * P], w = weights[h * BLOCK + s];
