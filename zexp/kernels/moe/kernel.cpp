@@ -6,11 +6,16 @@ using namespace zexp;
 
 namespace {
 
-// out (N, D): each choice's token.
+// out (N, D): each choice's token, zeros where there is none (-1).
 template <class T>
 void gather(const T* x, const int64_t* token, T* out, int64_t choices, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < choices; n++) std::memcpy(out + n * width, x + token[n] * width, width * sizeof(T));
+    for (int64_t n = 0; n < choices; n++) {
+        if (token[n] < 0)
+            std::memset(out + n * width, 0, width * sizeof(T));
+        else
+            std::memcpy(out + n * width, x + token[n] * width, width * sizeof(T));
+    }
 }
 
 // out (M, D), fp32: the sum of each token's rows times their weights (K, M), or as they are (null). places (K, M): of the rows.
