@@ -133,7 +133,7 @@ def test_ssd_does_not_depend_on_the_chunk(chunk):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_an_exponential_is_one_over_its_whole_range(tmp_path):
+def test_an_exponential_is_one_over_its_whole_range():
     """vector.h's exp through silu, the one function that shows it: against fp64, to the ends of what fp32 can hold."""
     x = torch.cat((torch.linspace(-87, 88, 200_001), torch.tensor([-1e30, -200.0, -87.5, 0.0, 88.6, 200.0, 1e30])))
     found = function_of("activation", "mlp_activation")(x, "silu").double()
@@ -240,6 +240,15 @@ def test_a_library_is_compiled_once_and_kept_under_what_decides_its_code(own_cac
     library.library.cache_clear()
     library.library("rms_norm")
     assert len(list((own_cache / "zexp" / "kernels").iterdir())) == 2
+
+
+def test_a_compiler_that_does_not_run_is_none(monkeypatch, tmp_path):
+    stub = tmp_path / "stub"
+    stub.write_text("#!/bin/sh\necho 'no tools are installed' >&2\nexit 1\n")
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(stub))
+    assert compiler.compiler() is None
+    assert dispatch.chosen("auto", ["rms_norm"], "cpu", deterministic=True)["rms_norm"].name == "torch"
 
 
 def test_a_compiler_that_fails_leaves_the_operation_to_torch_and_is_quoted(own_cache, monkeypatch, tmp_path):

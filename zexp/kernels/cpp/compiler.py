@@ -14,9 +14,10 @@ _WIDE = "-mprefer-vector-width=512"  # x86: compilers choose half of the registe
 
 
 def compiler() -> str | None:
-    """$CXX, else g++ or clang++; None = there is none."""
+    """$CXX, else g++ or clang++; None = there is none that runs (some systems have stubs of that name)."""
     own = os.environ.get("CXX")
-    return shutil.which(own) if own else shutil.which("g++") or shutil.which("clang++")
+    found = shutil.which(own) if own else shutil.which("g++") or shutil.which("clang++")
+    return found if found is not None and _version(found) is not None else None
 
 
 def flags() -> list[str]:
@@ -32,8 +33,17 @@ def identity() -> str:
 
 @functools.cache
 def _identity(path: str) -> str:
-    said = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()
-    return " · ".join((said[0] if said else path, " ".join(flags()), _processor()))
+    return " · ".join((_version(path) or path, " ".join(flags()), _processor()))
+
+
+@functools.cache
+def _version(path: str) -> str | None:
+    """The first line of what it says of itself, None = it does not run."""
+    try:
+        said = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said[0] if said else path
 
 
 def _processor() -> str:

@@ -2,7 +2,7 @@
 
 A compiled library is kept in $XDG_CACHE_HOME/zexp/kernels (or ~/.cache) under a name that its sources, the compiler and the
 processor decide, so that machines of one home folder never run each other's. Kernels share torch's threads: both are built on
-OpenMP, and the library's calls go to the runtime that torch has loaded.
+OpenMP, and what g++ makes calls the runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ def not_taken(
         return f"inputs in {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}, the kernel takes fp32 or bf16"
     other = next((tensor.dtype for tensor in whole if tensor is not None and tensor.dtype not in taken), None)
     return None if other is None else f"weights in {str(other).removeprefix('torch.')}, the kernel takes fp32"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What x is multiplied in: autocast's, or its own."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def rows(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zexp.kernels.cpp.library import SUFFIX, call, library, not_taken
+from zexp.kernels.cpp.library import call, library, not_taken, product_dtype
 from zexp.kernels.cross_entropy.torch_backend import IGNORED
 from zexp.kernels.fused import Fused
 
@@ -32,18 +32,13 @@ def linear_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor,
 def refuses(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, softcap: float | None = None) -> str | None:
     if (why := not_taken(activations=(hidden_MD,))) is not None or (why := not_taken(activations=(weight_VD,))) is not None:
         return why
-    dtype = _product_dtype(hidden_MD)
-    return None if dtype in SUFFIX else f"products in {str(dtype).removeprefix('torch.')}, the kernel takes fp32 or bf16"
-
-
-def _product_dtype(hidden_MD: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_MD.dtype
+    return not_taken(activations=(hidden_MD.new_empty(0, dtype=product_dtype(hidden_MD)),))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, softcap: float | None) -> Tensor:
-        dtype = _product_dtype(hidden_MD)
+        dtype = product_dtype(hidden_MD)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         labels = torch.where(labels_M == IGNORED, -1, labels_M).contiguous()
         if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < weight_VD.shape[0]:

@@ -32,7 +32,7 @@ def refuses(y: Tensor, z: Tensor, weight_I: Tensor, eps: float, groups: int) -> 
 
 
 def _norm(y: Tensor, z: Tensor, weight_I: Tensor, eps: float, groups: int, gate_first: bool) -> Tensor:
-    weight_I = weight_I.float()
+    weight_I = weight_I.float().contiguous()
     if torch.is_grad_enabled():
         return _GatedNorm.apply(y, z, weight_I, eps, groups, gate_first)
     return _normed(rows(y), rows(z), weight_I, eps, groups, gate_first)[0]

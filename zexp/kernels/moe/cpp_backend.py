@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zexp.kernels.activation.names import GATED, PLAIN, Activation
-from zexp.kernels.cpp.library import SUFFIX, call, library, not_taken
+from zexp.kernels.cpp.library import call, library, not_taken, product_dtype
 from zexp.kernels.fused import Fused
 from zexp.kernels.moe.torch_backend import load, slices
 
@@ -28,6 +28,7 @@ FEW = 512
 
 def cpp() -> dict[str, Fused]:
     library("moe")
+    library("activation")
     return {"moe": Fused(moe, refuses)}
 
 
@@ -43,12 +44,7 @@ def refuses(
 ) -> str | None:
     if (why := not_taken(activations=(x_MD,), whole=(weights_KM, up_EHD, down_EDF))) is not None:
         return why
-    dtype = _product_dtype(x_MD)
-    return None if dtype in SUFFIX else f"products in {str(dtype).removeprefix('torch.')}, the kernel takes fp32 or bf16"
-
-
-def _product_dtype(x_MD: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_MD.dtype
+    return not_taken(activations=(x_MD.new_empty(0, dtype=product_dtype(x_MD)),))
 
 
 class _Moe(torch.autograd.Function):
@@ -62,7 +58,7 @@ class _Moe(torch.autograd.Function):
         chosen_KM: Tensor,
         activation: Activation,
     ) -> Tensor:
-        dtype = _product_dtype(x_MD)
+        dtype = product_dtype(x_MD)
         counts, token_N, places_KM = _layout(chosen_KM, up_EHD.shape[0])
         act = (PLAIN.index(GATED.get(activation, activation)), activation in GATED)  # type: ignore[arg-type]
         with torch.autocast("cpu", enabled=False):
@@ -72,7 +68,7 @@ class _Moe(torch.autograd.Function):
             for expert, part in slices(counts):
                 torch.mm(rows_ND[part], up_EHD[expert].to(dtype).t(), out=hidden_NH[part])
                 acted_NF = rows_ND.new_empty(part.stop - part.start, down_EDF.shape[2])
-                call("moe", "activate", dtype, hidden_NH[part], acted_NF, *acted_NF.shape, *act)
+                call("activation", "forward", dtype, hidden_NH[part], acted_NF, *acted_NF.shape, *act)
                 torch.mm(acted_NF, down_EDF[expert].to(dtype).t(), out=rows_ND[part])
             out_MD = _combined(rows_ND, places_KM, weights_KM)
         ctx.save_for_backward(x, weights_KM, up_EHD, down_EDF, token_N, places_KM, hidden_NH)

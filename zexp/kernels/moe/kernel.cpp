@@ -35,26 +35,6 @@ void combine(const T* rows, const int64_t* places, const float* weights, float* 
     }
 }
 
-// acted (n, F) of hidden (n, H).
-template <class T>
-void activate(const T* hidden, T* acted, int64_t rows, int64_t width, int64_t gate, bool gated, int threads) {
-    with_gate(gate, [=](auto function) {
-        using Gate = decltype(function);
-#pragma omp parallel for num_threads(threads)
-        for (int64_t n = 0; n < rows; n++) {
-            const T* from = hidden + n * width * (gated ? 2 : 1);
-            T* to = acted + n * width;
-            if (gated) {
-#pragma omp simd
-                for (int64_t f = 0; f < width; f++) to[f] = stored<T>(Gate::of(load(from[f])).value * load(from[width + f]));
-            } else {
-#pragma omp simd
-                for (int64_t f = 0; f < width; f++) to[f] = stored<T>(Gate::of(load(from[f])).value);
-            }
-        }
-    });
-}
-
 // From dacted (n, F), the gradient of what was activated as if its weight were 1: in its place what was activated, times the weight;
 // dhidden (n, H) with the weight; dweight (n).
 template <class T>
@@ -103,9 +83,6 @@ void activate_backward(const T* hidden, T* dacted, const float* weight, T* dhidd
     void combine_##NAME(const T* rows, const int64_t* places, const float* weights, float* out, int64_t tokens, int64_t width,   \
                         int64_t choices, int64_t threads) {                                                                      \
         combine(rows, places, weights, out, tokens, width, choices, threads);                                                    \
-    }                                                                                                                            \
-    void activate_##NAME(const T* hidden, T* acted, int64_t rows, int64_t width, int64_t gate, int64_t gated, int64_t threads) { \
-        activate(hidden, acted, rows, width, gate, gated != 0, threads);                                                         \
     }                                                                                                                            \
     void activate_backward_##NAME(const T* hidden, T* dacted, const float* weight, T* dhidden, float* dweight, int64_t rows,     \
                                   int64_t width, int64_t gate, int64_t gated, int64_t threads) {                                 \

@@ -59,12 +59,12 @@ class _Moe(torch.autograd.Function):
             ctx.save_for_backward(x_MD, weights_KM, up, down, order_N, hidden_NH)
             ctx.counts, ctx.activation = counts, activation
             ctx.parameter_dtypes = up_EHD.dtype, down_EDF.dtype
-            return _combined(rows_ND, weights_KM, places(order_N)).to(x_MD.dtype)
+            return _combined(rows_ND, weights_KM, _places(order_N)).to(x_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         x_MD, weights_KM, up, down, order_N, hidden_NH = ctx.saved_tensors
-        dtype, places_N = up.dtype, places(order_N)
+        dtype, places_N = up.dtype, _places(order_N)
         with torch.autocast(x_MD.device.type, enabled=False):
             token_N = order_N % x_MD.shape[0]
             weight_N1 = weights_KM.flatten()[order_N].to(dtype)[:, None]
@@ -94,7 +94,7 @@ def slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
             yield expert, slice(start, end)
 
 
-def places(order_N: Tensor) -> Tensor:
+def _places(order_N: Tensor) -> Tensor:
     """Where each choice went in the sorted order."""
     places_N = torch.empty_like(order_N)
     places_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)

@@ -19,7 +19,7 @@ def cpp() -> dict[str, Fused]:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As the torch backend's."""
-    weight_D = weight_D.float()
+    weight_D = weight_D.float().contiguous()
     return _RmsNorm.apply(x, weight_D, eps) if torch.is_grad_enabled() else _normed(x.contiguous(), weight_D, eps)[0]
 
 

@@ -92,10 +92,10 @@ class _Chunks:
     """The chunks of a call, and the arrays that both passes make of the inputs."""
 
     def __init__(self, inputs: _Inputs, chunk: int, ids_BT: Tensor | None, dy_BTHP: Tensor | None = None):
-        x, dt, a, b, c, _ = self.inputs = inputs
+        x, dt, a, b, c, _ = inputs
         batch, length, heads, width = x.shape
         groups, state = b.shape[2:]
-        self.ids, self.dtype, self.chunk, self.heads = ids_BT, x.dtype, chunk, heads
+        self.dtype, self.chunk, self.heads = x.dtype, chunk, heads
         self.count = batch * -(-length // chunk)
         strides = (stride for tensor in (x, b, c) for stride in tensor.stride()[:2])
         self.sizes = torch.tensor((batch, length, chunk, heads, width, groups, state, *strides))
@@ -183,7 +183,7 @@ class _Ssd(torch.autograd.Function):
 
 def _inputs(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, d_H: Tensor) -> _Inputs:
     b, c = _side_by_side(b_BTGN), _side_by_side(c_BTGN)
-    return _Inputs(_side_by_side(x_BTHP), dt_BTH.contiguous(), a_H.contiguous(), b, c, d_H)
+    return _Inputs(_side_by_side(x_BTHP), dt_BTH.contiguous(), a_H.contiguous(), b, c, d_H.contiguous())
 
 
 def _scan(
