@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -159,7 +157,7 @@ def serve(side: str, folder: Path, setting: str, threads: int) -> None:
             torch.save(one.logits(ids, count), path)
         else:
             said = differences(*torch.load(path), one, ids)
-        print(json.dumps(said | {"peak_mb": step._peak()}), flush=True)
+        print(json.dumps(said | {"peak_mb": step.peak_mb()}), flush=True)
 
 
 def differences(tokens: list[int], theirs_TV: Any, ours: Ours, ids: list[int]) -> dict[str, Any]:
@@ -178,35 +176,21 @@ def differences(tokens: list[int], theirs_TV: Any, ours: Ours, ids: list[int]) -
     }
 
 
-class Side:
-    """The process of one side."""
+class Side(step.Served):
+    """What one side was asked, and the seconds that it said."""
 
     def __init__(self, side: str, folder: Path, setting: str, threads: int):
-        self.side, self.setting = side, setting
+        super().__init__(__file__, side, folder, setting, threads)
         self.peak = 0.0
         self.seconds: dict[str, list[float]] = {name: [] for name in MEASURED}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", side, str(folder), setting, "--threads", str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-        self._answer()
 
     def ask(self, what: str, context: int, count: int = 0, path: str = "") -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([what, context, count, path]) + "\n")
-        self.process.stdin.flush()
-        said = self._answer()
+        said = self.asked(json.dumps([what, context, count, path]))
         self.peak = said["peak_mb"]
         for name in MEASURED:
             if name in said:
                 self.seconds[name].append(said[name])
         return said
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
     def result(self) -> dict[str, Any]:
         later = {name: seconds[1:] or seconds for name, seconds in self.seconds.items() if seconds}
@@ -219,14 +203,6 @@ class Side:
             "tokens_per_second": 1 / statistics.median(later["token"]),
             "peak_mb": self.peak,
         }
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.side} {self.setting} ended without an answer (exit status {self.process.wait()})")
-        found: dict[str, Any] = json.loads(line)
-        return found
 
 
 # The comparison

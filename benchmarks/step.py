@@ -187,48 +187,67 @@ def serve(side: str, folder: Path, setting: str, threads: int) -> None:
         transformers.utils.logging.disable_progress_bar()
     step = (ours if side == "ours" else theirs)(folder, setting)
     data = {size: batches(size, 1000) for size in (1, BATCH)}
-    base = _peak()
+    base = peak_mb()
     print(json.dumps({"base_mb": base}), flush=True)
     for line in sys.stdin:
         tokens = next(data[int(line.split()[1])])
         began = time.perf_counter()
         loss = step(tokens)
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss, "peak_mb": _peak()}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss, "peak_mb": peak_mb()}), flush=True)
 
 
-def _peak() -> float:
+def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-class Side:
-    """The process of one side, and what it has measured."""
+class Served:
+    """The process of one side, `script --serve`: it answers each line by one of JSON, and begins with one."""
 
-    def __init__(self, side: str, folder: Path, setting: str, threads: int) -> None:
+    def __init__(self, script: str, side: str, folder: Path, setting: str, threads: int) -> None:
         self.side, self.setting = side, setting
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        self.peak = 0.0
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", side, str(folder), setting, "--threads", str(threads)],
+            [sys.executable, script, "--serve", side, str(folder), setting, "--threads", str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
-        self.base = self._answer()["base_mb"]
+        self.began = self._answer()
 
-    def step(self, batch: int = BATCH) -> float:
+    def asked(self, line: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"step {batch}\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        said = self._answer()
-        self.seconds.append(said["seconds"])
-        self.losses.append(said["loss"])
-        self.peak = said["peak_mb"]
-        return float(said["seconds"])
+        return self._answer()
 
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.side} {self.setting} ended without an answer (exit status {self.process.wait()})")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+class Side(Served):
+    """The steps of one side, and what it has measured."""
+
+    def __init__(self, side: str, folder: Path, setting: str, threads: int) -> None:
+        super().__init__(__file__, side, folder, setting, threads)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.peak = 0.0
+        self.base = self.began["base_mb"]
+
+    def step(self, batch: int = BATCH) -> float:
+        said = self.asked(f"step {batch}")
+        self.seconds.append(said["seconds"])
+        self.losses.append(said["loss"])
+        self.peak = said["peak_mb"]
+        return float(said["seconds"])
 
     def result(self, batch: int = BATCH) -> dict[str, Any]:
         """first_seconds: the first step; median and best: of the later ones, of the first if it is the only one."""
@@ -246,14 +265,6 @@ class Side:
             "peak_above_base_mb": self.peak - self.base,
             "losses": self.losses,
         }
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.side} {self.setting} ended without an answer (exit status {self.process.wait()})")
-        found: dict[str, Any] = json.loads(line)
-        return found
 
 
 # The comparison

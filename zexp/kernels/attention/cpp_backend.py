@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zexp.kernels.cpp.library import call, library, not_taken
+from zexp.kernels.cpp.library import call, library, not_taken, product_dtype
 from zexp.kernels.documents import Documents
 from zexp.kernels.fused import Fused
 
@@ -36,9 +36,7 @@ def attention(
     q_BTHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, *, scale: float, window: int | None = None, documents: Documents | None = None
 ) -> Tensor:
     """As the torch backend's, of as many queries as keys; under autocast in its dtype."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        q_BTHP, k_BTGP, v_BTGP = (tensor.to(dtype) for tensor in (q_BTHP, k_BTGP, v_BTGP))
+    q_BTHP, k_BTGP, v_BTGP = (tensor.to(product_dtype(tensor)) for tensor in (q_BTHP, k_BTGP, v_BTGP))
     with torch.autocast("cpu", enabled=False):
         return _Attention.apply(q_BTHP, k_BTGP, v_BTGP, float(scale), window, documents)
 
@@ -48,9 +46,7 @@ def refuses(
 ) -> str | None:
     if not 1 < q_BTHP.shape[1] == k_BSGP.shape[1]:
         return "other numbers of queries than of keys, or single ones"
-    if torch.is_autocast_enabled("cpu"):
-        return not_taken(activations=(q_BTHP.new_empty(0, dtype=torch.get_autocast_dtype("cpu")),))
-    return not_taken(activations=(q_BTHP, k_BSGP, v_BSGP))
+    return not_taken(activations=[x.new_empty(0, dtype=product_dtype(x)) for x in (q_BTHP, k_BSGP, v_BSGP)])
 
 
 class _Attention(torch.autograd.Function):
