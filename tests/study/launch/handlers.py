@@ -39,6 +39,7 @@ def run(store: Store, folder: StageFolder, request: dict[str, Any], attempt: Att
         return "done"
     if act == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _record(store, request, "deaf")
     if act == "diverge":
         attempt.diverge(100, "loss is nan")
         return "diverged"

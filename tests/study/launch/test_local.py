@@ -327,7 +327,10 @@ print(statuses(tree.launch(slots=2, grace_seconds=float(sys.argv[3]))))
 
 @pytest.fixture
 def driver() -> Iterator[Callable[[Path, str, float], subprocess.Popen[str]]]:
-    """Starts a process of its own that launches two long stages and one below; returns when both have started."""
+    """Starts a process of its own that launches two long stages and one below; returns when both do what they are for.
+
+    A stage that has only started does not hear signals in its own way yet.
+    """
     started: list[subprocess.Popen[str]] = []
 
     def start(root: Path, act: str, grace_seconds: float) -> subprocess.Popen[str]:
@@ -337,7 +340,8 @@ def driver() -> Iterator[Callable[[Path, str, float], subprocess.Popen[str]]]:
             command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
         )
         started.append(process)
-        wait_for(lambda: len([line for line in handlers.read(root) if line["what"] == "start"]) == 2)
+        ready = {("a", "training" if act == "train" else act), ("c", "start")}
+        wait_for(lambda: ready <= {(line["stage"], line["what"]) for line in handlers.read(root)})
         return process
 
     yield start
