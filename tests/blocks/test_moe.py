@@ -336,3 +336,21 @@ def test_what_cannot_be_is_said(keys, text):
 def test_one_choice_is_not_normalised_unless_it_says_so():
     assert Spec(width=8, top_k=1).completed(WIDTH).normalise is False
     assert Spec(width=8, top_k=2).completed(WIDTH).normalise is True
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_and_their_gradients_are_those_of_a_product_in_fp32_and_no_such_copy_of_x_is_kept(dtype):
+    made = layer(dtype=torch.float32)
+    x = drawn().flatten(0, 1).to(dtype).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours = made._logits(x)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    true = made.router.weight.to(exact) @ x.to(exact).t()
+    assert ours.dtype == exact and torch.equal(ours, true)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), made.router.weight.data_ptr()}
+    dlogits = torch.randn(true.shape, generator=torch.Generator().manual_seed(3), dtype=exact)
+    mine, others = (torch.autograd.grad((y * dlogits).sum(), (x, made.router.weight)) for y in (ours, true))
+    assert [one.dtype for one in mine] == [dtype, torch.float32]
+    for one, other in zip(mine, others, strict=True):
+        torch.testing.assert_close(one, other)

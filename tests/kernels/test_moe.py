@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from zexp.kernels.activation.names import GATED, PLAIN
-from zexp.kernels.moe import reference
+from zexp.kernels.cpp.compiler import compiler
+from zexp.kernels.moe import cpp_backend, reference
 from zexp.kernels.moe.torch_backend import load, moe
 
 TOKENS, WIDTH, EXPERTS, INNER = 23, 6, 5, 7
@@ -87,3 +88,23 @@ def test_only_the_experts_inner_values_are_kept():
         moe(x, choices(2), weights, up, down, "swiglu")
     sizes = sorted(tensor.numel() for tensor in kept if tensor.data_ptr() not in {t.data_ptr() for t in (x, weights, up, down)})
     assert sizes == [2 * TOKENS, 2 * TOKENS * 2 * INNER], "the order of the choices, gate and up of each"
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_of_choices_the_kernels_in_cpp_keep_where_they_went_and_no_more():
+    x, weights, up, down = inputs(2, "swiglu", torch.float32)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        cpp_backend.moe(x, choices(2), weights, up, down, "swiglu")
+    others = [tensor for tensor in kept if tensor.data_ptr() not in {t.data_ptr() for t in (x, weights, up, down)}]
+    assert {tensor.dtype for tensor in others} == {torch.int64}
+    assert [tensor.dim() for tensor in others] == [1, 2], "a token each, and the place of each choice"
+
+
+def test_numbers_of_rows_are_few_and_little_above_the_counts():
+    counts = torch.arange(5000)
+    filled = cpp_backend._filled(counts)
+    assert (filled >= counts).all() and (filled - counts < torch.clamp(counts / 4, min=8)).all()
+    assert not (filled % 8).any() and filled[0] == 0
+    above = filled[counts > 32].unique()
+    assert len(above) <= 4 * 8, "four from each power of two to the next"

@@ -6,8 +6,11 @@ B batch · T positions · M = B · T tokens · D model width · E experts · K c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from zexp.blocks.cache import Cache
 from zexp.blocks.context import Context
@@ -105,10 +108,9 @@ class Layer(BlockLayer):
         return (out_MD if self.shared_up is None else out_MD + self._shared(x_MD)).view_as(x_BTD)
 
     def _logits(self, x_MD: Tensor) -> Tensor:
-        weight_ED, bias_E = self.router.weight, self.router.bias
-        x_MD = at_least_fp32(x_MD)
-        logits_EM = torch.mm(weight_ED.to(x_MD.dtype), x_MD.t())
-        return logits_EM if bias_E is None else logits_EM + bias_E.to(x_MD.dtype)[:, None]
+        bias_E = self.router.bias
+        logits_EM: Tensor = _Logits.apply(x_MD, self.router.weight)
+        return logits_EM if bias_E is None else logits_EM + bias_E.to(logits_EM.dtype)[:, None]
 
     @torch.no_grad()
     def _chosen(self, logits_EM: Tensor, probabilities_EM: Tensor, groups: Groups, balanced: bool) -> Tensor:
@@ -146,3 +148,21 @@ class Layer(BlockLayer):
         assert self.shared_up is not None and self.shared_down is not None
         shared_MD: Tensor = self.shared_down(self.kernels.mlp_activation(self.shared_up(x_MD), self.spec.activation))
         return shared_MD if self.shared_gate is None else shared_MD * self.shared_gate(x_MD).sigmoid()
+
+
+class _Logits(torch.autograd.Function):
+    """weight x^T, (E, M), in fp32 at least. Of x nothing is kept in fp32: it is made again where it is used again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MD, weight_ED)
+        exact_MD = at_least_fp32(x_MD)
+        return torch.mm(weight_ED.to(exact_MD.dtype), exact_MD.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (dlogits_EM,), (x_MD, weight_ED) = grads, ctx.saved_tensors
+        dx_MD = torch.mm(weight_ED.to(dlogits_EM.dtype).t(), dlogits_EM).t()
+        dweight_ED = torch.mm(dlogits_EM, at_least_fp32(x_MD))
+        return dx_MD.to(x_MD.dtype), dweight_ED.to(weight_ED.dtype)

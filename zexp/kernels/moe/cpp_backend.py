@@ -1,12 +1,12 @@
 """Experts over tokens sorted by expert: matrix products by torch, and kernel.cpp around them.
 
-M tokens · D model width · E experts · K chosen for a token · N: the K · M choices, each expert's filled up to whole blocks of rows by
-rows of zeros · F expert width · H rows of `up`: F, or 2F with a gate. The scheme is the torch backend's. Of all choices only H numbers each are kept, and no copy of the weights: an expert's
-matrices are rounded again where they are used again.
+M tokens · D model width · E experts · K chosen for a token · N: the K · M choices, each expert's filled up by rows of zeros · F expert
+width · H rows of `up`: F, or 2F with a gate. The scheme is the torch backend's, but nothing of the choices is kept: the backward pass
+computes `up` again, two products where there were nine. No copy of the weights is kept either: an expert's matrices are rounded again
+where they are used again.
 
-The blocks are for the products: torch's library compiles one for every size that it has not seen, and how many tokens an expert gets is
-new each time. Of 120 products of 700 to 1,400 rows with a matrix of 256 x 688 in bf16 one took 1.56 ms with all sizes, and 1.08 ms
-with multiples of 64.
+How many tokens an expert gets is new each time, and torch's library compiles a product for every size that it has not seen, which takes
+time and about 1 MB. So rows are filled up to few sizes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from zexp.kernels.cpp.library import call, library, not_taken, product_dtype
 from zexp.kernels.fused import Fused
 from zexp.kernels.moe.torch_backend import load, slices
 
-BLOCK, SMALL_BLOCK = 64, 8  # rows; the small ones where experts get few, on an average less than FEW
-FEW = 512
+STEPS, SMALLEST = 4, 8  # see _filled
 
 
 def cpp() -> dict[str, Fused]:
@@ -64,22 +63,23 @@ class _Moe(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             x, weights_KM = x_MD.to(dtype).contiguous(), weights_KM.contiguous()
             rows_ND = _gathered(x, token_N)
-            hidden_NH = rows_ND.new_empty(rows_ND.shape[0], up_EHD.shape[1])
+            hidden, acted = (rows_ND.new_empty(max(counts), width) for width in (up_EHD.shape[1], down_EDF.shape[2]))
             for expert, part in slices(counts):
-                torch.mm(rows_ND[part], up_EHD[expert].to(dtype).t(), out=hidden_NH[part])
-                acted_NF = rows_ND.new_empty(part.stop - part.start, down_EDF.shape[2])
-                call("activation", "forward", dtype, hidden_NH[part], acted_NF, *acted_NF.shape, *act)
-                torch.mm(acted_NF, down_EDF[expert].to(dtype).t(), out=rows_ND[part])
+                rows_nD = rows_ND[part]
+                hidden_nH, acted_nF = hidden[: len(rows_nD)], acted[: len(rows_nD)]
+                torch.mm(rows_nD, up_EHD[expert].to(dtype).t(), out=hidden_nH)
+                call("activation", "forward", dtype, hidden_nH, acted_nF, *acted_nF.shape, *act)
+                torch.mm(acted_nF, down_EDF[expert].to(dtype).t(), out=rows_nD)
             out_MD = _combined(rows_ND, places_KM, weights_KM)
-        ctx.save_for_backward(x, weights_KM, up_EHD, down_EDF, token_N, places_KM, hidden_NH)
+        ctx.save_for_backward(x, weights_KM, up_EHD, down_EDF, token_N, places_KM)
         ctx.counts, ctx.act, ctx.x_dtype = counts, act, x_MD.dtype
         return out_MD.to(x_MD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        x, weights_KM, up_EHD, down_EDF, token_N, places_KM, hidden_NH = ctx.saved_tensors
-        dtype = x.dtype
+        x, weights_KM, up_EHD, down_EDF, token_N, places_KM = ctx.saved_tensors
+        dtype, counts = x.dtype, ctx.counts
         with torch.autocast("cpu", enabled=False):
             weight_N = weights_KM.new_zeros(token_N.shape)
             weight_N[places_KM.flatten()] = weights_KM.flatten()
@@ -87,26 +87,29 @@ class _Moe(torch.autograd.Function):
             dout_ND = _gathered(grads[0].to(dtype).contiguous(), token_N)
             dweight_N = torch.empty_like(weight_N)
             dup, ddown = torch.zeros_like(up_EHD), torch.zeros_like(down_EDF)
-            for expert, part in slices(ctx.counts):
-                dacted_NF = dout_ND[part] @ down_EDF[expert].to(dtype)  # as if the weight were 1
-                dhidden_NH = torch.empty_like(hidden_NH[part])
-                sizes = (*dacted_NF.shape, *ctx.act)
-                call("moe", "activate_backward", dtype, hidden_NH[part], dacted_NF, weight_N[part], dhidden_NH, dweight_N[part], *sizes)
-                acted_NF = dacted_NF  # in its place, with the weight
-                ddown[expert] = dout_ND[part].t() @ acted_NF
-                dup[expert] = dhidden_NH.t() @ rows_ND[part]
-                torch.mm(dhidden_NH, up_EHD[expert].to(dtype), out=rows_ND[part])
+            widths = (up_EHD.shape[1], up_EHD.shape[1], down_EDF.shape[2])
+            hidden, dhidden, dacted = (rows_ND.new_empty(max(counts), width) for width in widths)
+            for expert, part in slices(counts):
+                rows_nD, dout_nD, up_HD = rows_ND[part], dout_ND[part], up_EHD[expert].to(dtype)
+                hidden_nH, dhidden_nH, dacted_nF = (room[: len(rows_nD)] for room in (hidden, dhidden, dacted))
+                torch.mm(rows_nD, up_HD.t(), out=hidden_nH)
+                torch.mm(dout_nD, down_EDF[expert].to(dtype), out=dacted_nF)  # as if the weight were 1
+                sizes = (*dacted_nF.shape, *ctx.act)
+                call("moe", "activate_backward", dtype, hidden_nH, dacted_nF, weight_N[part], dhidden_nH, dweight_N[part], *sizes)
+                acted_nF = dacted_nF  # in its place, with the weight
+                ddown[expert] = dout_nD.t() @ acted_nF
+                dup[expert] = dhidden_nH.t() @ rows_nD
+                torch.mm(dhidden_nH, up_HD, out=rows_nD)
             dx_MD = _combined(rows_ND, places_KM, None)
             dweights_KM = dweight_N[places_KM.flatten()].view_as(weights_KM)
         return dx_MD.to(ctx.x_dtype), dweights_KM, dup, ddown, None, None
 
 
 def _layout(chosen_KM: Tensor, experts: int) -> tuple[list[int], Tensor, Tensor]:
-    """The rows of each expert, whole blocks; the token of each row, (N,), -1 = none; the row of each choice, (K, M)."""
+    """The rows of each expert; the token of each row, (N,), -1 = none; the row of each choice, (K, M)."""
     order = chosen_KM.flatten().argsort(stable=True)
     counts = load(chosen_KM, experts)
-    block = BLOCK if order.shape[0] >= FEW * experts else SMALL_BLOCK
-    filled = (counts + block - 1) // block * block
+    filled = _filled(counts)
     shift_E = (filled - counts).cumsum(0) - (filled - counts)
     row = torch.arange(order.shape[0]) + shift_E.repeat_interleave(counts)
     token_N = torch.full((int(filled.sum()),), -1)
@@ -114,6 +117,13 @@ def _layout(chosen_KM: Tensor, experts: int) -> tuple[list[int], Tensor, Tensor]
     places_KM = torch.empty_like(order)
     places_KM[order] = row
     return filled.tolist(), token_N, places_KM.view(chosen_KM.shape)
+
+
+def _filled(counts: Tensor) -> Tensor:
+    """Counts rounded up: to steps of a power of two, STEPS of which there are from a power of two to the next."""
+    power = torch.frexp(counts / STEPS).exponent - 1
+    step = (2.0**power).long().clamp(min=SMALLEST)
+    return (counts + step - 1) // step * step
 
 
 def _gathered(x_MD: Tensor, token_N: Tensor) -> Tensor:
