@@ -110,7 +110,7 @@ def theirs(folder: Path, setting: str) -> Callable[[Any], float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -139,7 +139,7 @@ def ours(folder: Path, setting: str) -> Callable[[Any], float]:
         )  # fmt: skip
         optimizer.clip(model, CLIP)
         optimizer.step(optim, LR)
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -6,21 +6,9 @@ using namespace zexp;
 namespace {
 
 template <class Gate, class T>
-void plain(const T* x, T* y, int64_t count) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) y[i] = stored<T>(Gate::of(load(x[i])).value);
-}
-
-template <class Gate, class T>
 void plain_backward(const T* dy, const T* x, T* dx, int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) dx[i] = stored<T>(load(dy[i]) * Gate::of(load(x[i])).slope);
-}
-
-template <class Gate, class T>
-void gated(const T* gate, const T* up, T* y, int64_t count) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) y[i] = stored<T>(Gate::of(load(gate[i])).value * load(up[i]));
 }
 
 template <class Gate, class T>
@@ -32,22 +20,6 @@ void gated_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, i
         dgate[i] = stored<T>(given * load(up[i]) * act.slope);
         dup[i] = stored<T>(given * act.value);
     }
-}
-
-// x (M, F), or (M, 2 F) if `is_gated`; y (M, F).
-template <class T>
-void forward(const T* x, T* y, int64_t rows, int64_t width, int64_t gate, bool is_gated, int threads) {
-    with_gate(gate, [=](auto function) {
-        using Gate = decltype(function);
-#pragma omp parallel for num_threads(threads)
-        for (int64_t m = 0; m < rows; m++) {
-            if (is_gated) {
-                gated<Gate>(x + 2 * m * width, x + (2 * m + 1) * width, y + m * width, width);
-            } else {
-                plain<Gate>(x + m * width, y + m * width, width);
-            }
-        }
-    });
 }
 
 template <class T>
@@ -71,7 +43,7 @@ void backward(const T* dy, const T* x, T* dx, int64_t rows, int64_t width, int64
 #define EXPORT(T, NAME)                                                                                                     \
     extern "C" void forward_##NAME(const T* x, T* y, int64_t rows, int64_t width, int64_t gate, int64_t is_gated,           \
                                    int64_t threads) {                                                                       \
-        forward(x, y, rows, width, gate, is_gated != 0, threads);                                                           \
+        activate(x, y, rows, width, gate, is_gated != 0, threads);                                                           \
     }                                                                                                                       \
     extern "C" void backward_##NAME(const T* dy, const T* x, T* dx, int64_t rows, int64_t width, int64_t gate,              \
                                     int64_t is_gated, int64_t threads) {                                                    \

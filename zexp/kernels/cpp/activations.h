@@ -1,4 +1,4 @@
-// The functions of one value that MLPs use, with their slopes. Their numbers are those of the names in activation/names.py.
+// The functions of one value that MLPs use, with their slopes, and their application to rows. The numbers are those of the names in activation/names.py.
 #pragma once
 
 #include "vector.h"
@@ -57,6 +57,34 @@ void with_gate(int64_t gate, Run run) {
         case 3: return run(Relu{});
         case 4: return run(Relu2{});
     }
+}
+
+template <class Gate, class T>
+void plain(const T* x, T* y, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) y[i] = stored<T>(Gate::of(load(x[i])).value);
+}
+
+template <class Gate, class T>
+void gated(const T* gate, const T* up, T* y, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) y[i] = stored<T>(Gate::of(load(gate[i])).value * load(up[i]));
+}
+
+// y (M, F) = act(x), x (M, F), or act(gate) * up, x (M, 2 F), if `is_gated`.
+template <class T>
+void activate(const T* x, T* y, int64_t rows, int64_t width, int64_t gate, bool is_gated, int threads) {
+    with_gate(gate, [=](auto function) {
+        using Gate = decltype(function);
+#pragma omp parallel for num_threads(threads)
+        for (int64_t m = 0; m < rows; m++) {
+            if (is_gated) {
+                gated<Gate>(x + 2 * m * width, x + (2 * m + 1) * width, y + m * width, width);
+            } else {
+                plain<Gate>(x + m * width, y + m * width, width);
+            }
+        }
+    });
 }
 
 }  // namespace zexp

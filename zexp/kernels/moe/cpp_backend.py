@@ -27,7 +27,6 @@ STEPS, SMALLEST = 4, 8  # see _filled
 
 def cpp() -> dict[str, Fused]:
     library("moe")
-    library("activation")
     return {"moe": Fused(moe, refuses)}
 
 
@@ -68,7 +67,7 @@ class _Moe(torch.autograd.Function):
                 rows_nD = rows_ND[part]
                 hidden_nH, acted_nF = hidden[: len(rows_nD)], acted[: len(rows_nD)]
                 torch.mm(rows_nD, up_EHD[expert].to(dtype).t(), out=hidden_nH)
-                call("activation", "forward", dtype, hidden_nH, acted_nF, *acted_nF.shape, *act)
+                call("moe", "activate", dtype, hidden_nH, acted_nF, *acted_nF.shape, *act)
                 torch.mm(acted_nF, down_EDF[expert].to(dtype).t(), out=rows_nD)
             out_MD = _combined(rows_ND, places_KM, weights_KM)
         ctx.save_for_backward(x, weights_KM, up_EHD, down_EDF, token_N, places_KM)

@@ -84,6 +84,9 @@ void activate_backward(const T* hidden, T* dacted, const float* weight, T* dhidd
                         int64_t choices, int64_t threads) {                                                                      \
         combine(rows, places, weights, out, tokens, width, choices, threads);                                                    \
     }                                                                                                                            \
+    void activate_##NAME(const T* hidden, T* acted, int64_t rows, int64_t width, int64_t gate, int64_t gated, int64_t threads) {   \
+        activate(hidden, acted, rows, width, gate, gated != 0, threads);                                                         \
+    }                                                                                                                            \
     void activate_backward_##NAME(const T* hidden, T* dacted, const float* weight, T* dhidden, float* dweight, int64_t rows,     \
                                   int64_t width, int64_t gate, int64_t gated, int64_t threads) {                                 \
         activate_backward(hidden, dacted, weight, dhidden, dweight, rows, width, gate, gated != 0, threads);                     \
