@@ -115,6 +115,15 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch, preset, device, option
         of(monkeypatch, preset, device, None, **options)
 
 
+def test_fused_kernels_want_a_gpu_before_anything_starts(monkeypatch):
+    stages = [{"device": "auto", "kernels": "fused"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="kernels = fused: .* this machine shows no GPU"):
+        capacity(stages, LocalOptions())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert capacity(stages, LocalOptions()).gpus == 1
+
+
 def test_data_stages_ask_for_no_gpus(monkeypatch):
     assert of(monkeypatch, "", None, gpus_per_stage=2).gpus is None
 

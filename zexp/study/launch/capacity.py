@@ -41,7 +41,7 @@ class Capacity:
 
 
 def capacity(requests: Iterable[Mapping[str, Any]], options: LocalOptions) -> Capacity:
-    """For stages with these requests. Raises ConfigError if they ask for GPUs that are not there.
+    """For stages with these requests. Raises ConfigError if they ask for GPUs, or kernels for GPUs, that are not there.
 
     Stages whose request names no device (data) need none; one that says auto is content with cores, unless the options
     ask for several GPUs a stage.
@@ -58,6 +58,11 @@ def capacity(requests: Iterable[Mapping[str, Any]], options: LocalOptions) -> Ca
     found = machine.gpus() if asked & {"cuda", "auto"} else []
     if "cuda" in asked and not found:
         raise machine.no_gpu()
+    if not found and any(request.get("kernels") == "fused" for request in requests):
+        raise ConfigError(
+            "kernels = fused: fused kernels run on a CUDA device, and this machine shows no GPU (nvidia-smi -L, "
+            "CUDA_VISIBLE_DEVICES).\n  Use kernels=auto or kernels=torch here."
+        )
     if asked and several and options.gpus_per_stage > len(found):
         raise ConfigError(
             f"{WHERE}.gpus_per_stage = {options.gpus_per_stage}, but this machine shows {_count(len(found))} "
