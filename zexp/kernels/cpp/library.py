@@ -15,7 +15,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -31,6 +31,9 @@ SOURCE = "kernel.cpp"
 ALONE = 1 << 15  # numbers that one thread has done before a second is awake; what torch's own elementwise operations take
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+# With the types of their arguments, which are those of the first call: to find and wrap them anew takes as long as a row's norm.
+_functions: dict[tuple[str, str, torch.dtype], Callable[..., None]] = {}
 
 
 @functools.cache
@@ -59,8 +62,12 @@ def call(
     numbers: that are computed; of few it is one thread. None = many.
     """
     threads = 1 if numbers is not None and numbers < ALONE else torch.get_num_threads()
-    converted = [_converted(arg) for arg in (*args, threads)]
-    getattr(library(operation), f"{function}_{SUFFIX[dtype]}")(*converted)
+    found = _functions.get((operation, function, dtype))
+    if found is None:
+        found = getattr(library(operation), f"{function}_{SUFFIX[dtype]}")
+        found.argtypes = [_type(arg) for arg in (*args, threads)]
+        _functions[operation, function, dtype] = found
+    found(*[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args], threads)
 
 
 def not_taken(
@@ -89,12 +96,10 @@ def rows(x: Tensor) -> Tensor:
     return x
 
 
-def _converted(arg: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    if arg is None:
-        return ctypes.c_void_p(None)
-    if isinstance(arg, Tensor):
-        return ctypes.c_void_p(arg.data_ptr())
-    return ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int64(arg)
+def _type(arg: Tensor | int | float | None) -> type[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float]:
+    if arg is None or isinstance(arg, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_float if isinstance(arg, float) else ctypes.c_int64
 
 
 def _compile(operation: str, texts: dict[str, str], path: Path) -> None:
