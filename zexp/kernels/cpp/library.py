@@ -32,8 +32,9 @@ ALONE = 1 << 15  # numbers that one thread has done before a second is awake; wh
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
-# With the types of their arguments, which are those of the first call: to find and wrap them anew takes as long as a row's norm.
+# With the types of their arguments, which are those of the first call: to find and wrap them anew takes longer than a row's norm.
 _functions: dict[tuple[str, str, torch.dtype], Callable[..., None]] = {}
+_PLAIN = {int, float, bool, type(None)}  # what is handed on as it is; isinstance of a torch class takes three times as long
 
 
 @functools.cache
@@ -67,7 +68,7 @@ def call(
         found = getattr(library(operation), f"{function}_{SUFFIX[dtype]}")
         found.argtypes = [_type(arg) for arg in (*args, threads)]
         _functions[operation, function, dtype] = found
-    found(*[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args], threads)
+    found(*[arg if type(arg) in _PLAIN else arg.data_ptr() for arg in args], threads)  # type: ignore[union-attr]
 
 
 def not_taken(
@@ -78,10 +79,12 @@ def not_taken(
     taken: dtypes of what is given whole, where the caller makes fp32 of it.
     """
     types = {tensor.dtype for tensor in activations}
-    if len(types) > 1 or not types <= SUFFIX.keys():
+    if len(types) > 1 or not types.issubset(SUFFIX):
         return f"inputs in {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}, the kernel takes fp32 or bf16"
-    other = next((tensor.dtype for tensor in whole if tensor is not None and tensor.dtype not in taken), None)
-    return None if other is None else f"weights in {str(other).removeprefix('torch.')}, the kernel takes fp32"
+    for tensor in whole:
+        if tensor is not None and tensor.dtype not in taken:
+            return f"weights in {str(tensor.dtype).removeprefix('torch.')}, the kernel takes fp32"
+    return None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -39,7 +39,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if (
         rows > ROWS
         or torch.is_grad_enabled()
-        or not _taken(x, weight_OI, *(() if bias_O is None else (bias_O,)))
+        or not _taken(x, weight_OI, x if bias_O is None else bias_O)
         or torch.is_autocast_enabled("cpu")
         or not weight_OI.is_contiguous()
     ):
@@ -49,12 +49,12 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return y
 
 
-@torch.no_grad()
 def attention_continue(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, *, scale: float, window: int | None = None) -> Tensor:
     """attention() of queries that stand at the last keys. No gradient."""
     batch, length, heads, width = q_BTHP.shape
     if length > 1 or not _taken(q_BTHP, k_BSGP, v_BSGP) or not _in_rows(k_BSGP) or not _in_rows(v_BSGP):
-        return attention(q_BTHP, k_BSGP, v_BSGP, scale=scale, window=window)
+        with torch.no_grad():
+            return attention(q_BTHP, k_BSGP, v_BSGP, scale=scale, window=window)
     if window is not None:
         k_BSGP, v_BSGP = k_BSGP[:, -window:], v_BSGP[:, -window:]
     out = q_BTHP.new_empty(q_BTHP.shape)
@@ -115,7 +115,6 @@ def ssd_continue(
 _PARTS = Mamba2Parts(causal_conv1d_continue, ssd_continue, norm_in_cpp.gated_norm, norm_in_cpp.norm_gated)
 
 
-@torch.no_grad()
 def mamba2_continue(
     projected_BTE: Tensor, weights: Mamba2Weights, conv_BKC: Tensor, state_BGNJ: Tensor, options: Mamba2Options
 ) -> Tensor:
