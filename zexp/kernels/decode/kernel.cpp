@@ -62,15 +62,13 @@ inline void products(float* out, const T* rows, int64_t row, const float* x, int
     const T *first = rows, *second = rows + row, *third = rows + 2 * row, *fourth = rows + 3 * row;
     Lanes a{}, b{}, c{}, d{};
     int64_t i = 0;
-    for (; i + PIECE <= count; i += PIECE) {
-        if (FIRST) ask(first + i), ask(second + i), ask(third + i), ask(fourth + i);
-        for (int64_t at = i; at < i + PIECE; at += LANES) {
-            Lanes own = lanes(x + at);
-            a += lanes(first + at) * own;
-            b += lanes(second + at) * own;
-            c += lanes(third + at) * own;
-            d += lanes(fourth + at) * own;
-        }
+    for (; i + LANES <= count; i += LANES) {
+        if (FIRST && i % PIECE == 0) ask(first + i), ask(second + i), ask(third + i), ask(fourth + i);
+        Lanes own = lanes(x + i);
+        a += lanes(first + i) * own;
+        b += lanes(second + i) * own;
+        c += lanes(third + i) * own;
+        d += lanes(fourth + i) * own;
     }
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
     for (; i < count; i++) {
@@ -95,16 +93,14 @@ inline void add_products(float* sum, const T* rows, int64_t row, const float* we
     const T *first = rows, *second = rows + row, *third = rows + 2 * row, *fourth = rows + 3 * row;
     float a = weights[0], b = weights[1], c = weights[2], d = weights[3];
     int64_t i = 0;
-    for (; i + PIECE <= count; i += PIECE) {
-        if (FIRST) ask(first + i), ask(second + i), ask(third + i), ask(fourth + i);
-        for (int64_t at = i; at < i + PIECE; at += LANES) {
-            Lanes own = lanes(sum + at);
-            own += a * lanes(first + at);
-            own += b * lanes(second + at);
-            own += c * lanes(third + at);
-            own += d * lanes(fourth + at);
-            std::memcpy(sum + at, &own, sizeof own);
-        }
+    for (; i + LANES <= count; i += LANES) {
+        if (FIRST && i % PIECE == 0) ask(first + i), ask(second + i), ask(third + i), ask(fourth + i);
+        Lanes own = lanes(sum + i);
+        own += a * lanes(first + i);
+        own += b * lanes(second + i);
+        own += c * lanes(third + i);
+        own += d * lanes(fourth + i);
+        std::memcpy(sum + i, &own, sizeof own);
     }
     for (; i < count; i++) sum[i] += a * load(first[i]) + b * load(second[i]) + c * load(third[i]) + d * load(fourth[i]);
 }
