@@ -119,10 +119,11 @@ def mamba2_continue(
     projected_BTE: Tensor, weights: Mamba2Weights, conv_BKC: Tensor, state_BGNJ: Tensor, options: Mamba2Options
 ) -> Tensor:
     """As the torch backend's."""
-    if not _taken(projected_BTE, conv_BKC, *weights) or state_BGNJ.dtype != torch.float32:
+    if not _taken(projected_BTE):
         return torch_backend.mamba2_continue(projected_BTE, weights, conv_BKC, state_BGNJ, options)
     batch, length, _ = projected_BTE.shape
-    if length > 1 or not conv_BKC.is_contiguous() or not state_BGNJ.is_contiguous():
+    alike = _taken(projected_BTE, conv_BKC, *weights) and state_BGNJ.dtype == torch.float32
+    if length > 1 or not alike or not conv_BKC.is_contiguous() or not state_BGNJ.is_contiguous():
         return torch_backend.mamba2_continue(projected_BTE, weights, conv_BKC, state_BGNJ, options, _PARTS)
     projected = projected_BTE if projected_BTE.stride(2) == 1 else projected_BTE.contiguous()
     heads, inner = weights.dt_bias_H.shape[0], weights.norm_I.shape[0]
