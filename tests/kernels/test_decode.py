@@ -1,4 +1,4 @@
-"""The kernels of decoding against what they stand for in torch: every size of a tail, and what they leave to torch."""
+"""The kernels of decoding against what they stand for: every size of a tail, and what they leave to torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from zexp.blocks.resolve import resolve_model
-from zexp.kernels import dispatch
+from zexp.kernels import dispatch, select
 from zexp.kernels.attention.torch_backend import attention_by_torch
 from zexp.kernels.causal_conv1d import torch_backend as conv
 from zexp.kernels.cpp.compiler import compiler
-from zexp.kernels.decode import cpp_backend
+from zexp.kernels.decode import cpp_backend, reference, torch_backend
+from zexp.kernels.decode.torch_backend import Mamba2Options, Mamba2Weights
 from zexp.kernels.ssd import torch_backend as scan
 from zexp.model.build import build
 from zexp.model.sample import generate
@@ -58,7 +59,7 @@ def assert_close(ours: torch.Tensor, true: torch.Tensor, dtype: torch.dtype) -> 
 def test_a_few_rows_times_a_matrix(rows, inputs, outputs, bias, dtype, calls):
     x, weight = random(rows, 1, inputs, dtype=dtype), random(outputs, inputs, dtype=dtype)
     b = random(outputs, dtype=dtype) if bias else None
-    true = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    true = reference.linear(x.double(), weight.double(), None if b is None else b.double())
     assert_close(cpp_backend.linear(x, weight, b), true, dtype)
     assert_close(cpp_backend.linear(x.transpose(0, 1), weight, b), true.transpose(0, 1), dtype)
     assert calls == ["linear"] * 2
@@ -133,15 +134,87 @@ def test_a_state_goes_on(length, heads, width, groups, size, dtype):
     assert y.dtype == dtype and after.dtype == torch.float32 and torch.equal(state, before)
 
 
+MAMBA2 = [  # heads, head width, groups, state size, conv width
+    (8, 64, 1, 64, 4),
+    (4, 5, 2, 3, 3),
+    (2, 7, 2, 1, 1),
+    (24, 16, 3, 128, 4),
+]
+PLAIN = Mamba2Options(eps=1e-5, chunk=16, dt_min=None, dt_max=None, norm_before_gate=False)
+
+
+def mamba2_inputs(heads, width, groups, size, conv_width, *, length=1, dtype=torch.float32):
+    """What comes from the first product (as a part of a wider array), the weights, and both memories."""
+    inner, channels = heads * width, heads * width + 2 * groups * size
+    projected = random(2, length, inner + channels + heads + 3, dtype=dtype)[..., :-3]
+    weights = [
+        random(channels, conv_width), random(channels), random(heads) - 1, random(heads, seed=1), random(heads, seed=2), random(inner)
+    ]  # fmt: skip
+    conv, state = random(2, conv_width, channels, dtype=dtype), random(2, groups, size, heads // groups * width, seed=3)
+    return projected, Mamba2Weights(*(weight.to(dtype) for weight in weights)), conv, state
+
+
+@dtypes
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.parametrize("clamps", [(None, None), (0.2, None), (None, 0.5), (0.2, 0.5)], ids=str)
+@pytest.mark.parametrize("sizes", MAMBA2, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 37])
+def test_mamba2_goes_on_in_place_and_the_torch_form_with_it(length, sizes, clamps, norm_before_gate, dtype, calls):
+    options = Mamba2Options(1e-5, 16, *clamps, norm_before_gate)
+    projected, weights, conv, state = mamba2_inputs(*sizes, length=length, dtype=dtype)
+    doubles = projected.double(), Mamba2Weights(*(weight.double() for weight in weights)), conv.double(), state.double()
+    wanted = reference.mamba2_continue(*doubles, options)
+    for function in (cpp_backend.mamba2_continue, torch_backend.mamba2_continue):
+        own_conv, own_state = conv.clone(), state.clone()
+        y = function(projected, weights, own_conv, own_state, options)
+        assert y.dtype == dtype and own_conv.dtype == dtype and own_state.dtype == torch.float32
+        for found, true in zip((y, own_conv, own_state), wanted, strict=True):
+            assert_close(found, true, dtype)
+    assert calls == (["mamba2"] if length == 1 else [])
+
+
+def test_mamba2_in_numbers_that_the_kernel_does_not_take(calls):
+    projected, weights, conv, state = mamba2_inputs(*MAMBA2[1])
+    doubles = Mamba2Weights(*(weight.double() for weight in weights))
+    wanted = reference.mamba2_continue(projected.double(), doubles, conv.double(), state.double(), PLAIN)
+    turned = conv.transpose(1, 2).contiguous().transpose(1, 2)
+    cases = {
+        "fp64": (projected.double(), doubles, conv.double(), state.double()),
+        "products in bf16, as under autocast": (projected.bfloat16(), weights, conv.clone(), state.clone()),
+        "a memory of other strides": (projected, weights, turned, state.clone()),
+    }
+    for name, given in cases.items():
+        y = cpp_backend.mamba2_continue(*given, PLAIN)
+        assert y.dtype == given[0].dtype, name
+        for found, true in zip((y, given[2], given[3]), wanted, strict=True):
+            assert_close(found, true, torch.bfloat16 if "bf16" in name else torch.float32)
+    assert "mamba2" not in calls
+
+
+def test_steps_of_mamba2_that_are_large_stay_what_they_are():
+    """softplus(x) is x where e^x is infinite in fp32."""
+    projected, weights, conv, state = mamba2_inputs(*MAMBA2[1])
+    projected[..., -4:] = torch.tensor([90.0, 1e4, -90.0, 20.0])
+    doubles = projected.double(), Mamba2Weights(*(weight.double() for weight in weights)), conv.double(), state.double()
+    torch_backend.mamba2_continue(*doubles, PLAIN)
+    y = cpp_backend.mamba2_continue(projected, weights, conv, state, PLAIN)
+    assert y.isfinite().all()
+    assert_close(state, doubles[3], torch.float32)
+
+
 def test_bits_do_not_depend_on_the_threads():
     weight, x = random(4096, 1024), random(1, 1, 1024)
     q, k, v = random(2, 1, 8, 64), random(2, 1100, 8, 64), random(2, 1100, 8, 64, seed=1)
+    projected, weights, conv, state = mamba2_inputs(40, 64, 1, 128, 4)  # its state is more than one thread takes alone
     results = []
     try:
         threads = torch.get_num_threads()
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append((cpp_backend.linear(x, weight), cpp_backend.attention_continue(q, k, v, scale=0.1)))
+            own_state = state.clone()
+            y = cpp_backend.mamba2_continue(projected, weights, conv.clone(), own_state, PLAIN)
+            attended = cpp_backend.attention_continue(q, k, v, scale=0.1)
+            results.append((cpp_backend.linear(x, weight), attended, y, own_state))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -171,21 +244,45 @@ def test_a_model_decodes_as_its_full_forward(dtype, calls):
     # Each layer rounds its numbers to bf16 in another order.
     allowed = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     assert (torch.cat(parts, dim=1).double() - model(tokens).double()).abs().max() < allowed * 4
-    assert set(calls) == {"linear", "attend", "convolve", "advance"}
+    assert set(calls) == {"linear", "attend", "convolve", "mamba2"}
 
 
-def test_torch_means_torch_and_a_kernel_that_cannot_be_had_too(monkeypatch, caplog):
+def test_torch_means_torch_and_a_kernel_follows_the_choice_of_its_operations():
     assert build(resolve_model(ARCH, 50), seed=0, kernels="torch").kernels is dispatch.TORCH
+    kernels = dispatch.decoding(dispatch.TORCH, {}, "cpu")
+    assert kernels.linear is cpp_backend.linear and kernels.ssd_continue is scan.ssd_continue, "a scan that was not chosen"
+    some = {name: select.Choice(select.CPP) for name in ("ssd", "causal_conv1d")}
+    assert dispatch.decoding(dispatch.TORCH, some, "cpu").mamba2_continue is torch_backend.mamba2_continue
 
+
+@pytest.fixture
+def library(monkeypatch):
+    """Puts a function in the place of the one that compiles."""
+    yield lambda function: (monkeypatch.setattr(cpp_backend, "library", function), cpp_backend._compiled.cache_clear())
+    cpp_backend._compiled.cache_clear()
+
+
+def test_a_library_that_cannot_be_had_leaves_decoding_to_torch(library, calls, caplog):
     def broken(operation):
         raise RuntimeError("no header")
 
-    monkeypatch.setattr("zexp.kernels.cpp.library.library", broken)
-    kernels = dispatch.decoding(dispatch.TORCH, {}, "cpu")
-    assert kernels is dispatch.TORCH and "no header" in caplog.text
-    monkeypatch.undo()
-    kernels = dispatch.decoding(dispatch.TORCH, {}, "cpu")
-    assert kernels.linear is cpp_backend.linear and kernels.ssd_continue is scan.ssd_continue, "a scan that was not chosen"
+    library(broken)
+    model = build(resolve_model(ARCH, 50), seed=0).eval()
+    options = {"tokens": 5, "temperature": 0, "top_p": 1.0, "seed": 0, "eod_id": -1}
+    assert len(list(generate(model, [3, 1, 4], **options))) == 5 and calls == []
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "Kernels: decoding stays with torch: no header"
+    ]
+
+
+def test_a_training_does_not_compile_what_decodes(library):
+    library(lambda operation: pytest.fail("compiled"))
+    model = build(resolve_model(ARCH, 50), seed=0)
+    with torch.enable_grad():
+        tokens = torch.zeros(1, 8, dtype=torch.int64)
+        model.loss_sum(model(tokens), tokens).backward()
+    with torch.no_grad():
+        model.eval().loss_sum(model(tokens), tokens)
 
 
 def test_the_text_is_that_of_torch():

@@ -25,7 +25,10 @@ class Cache(ABC):
 
 
 class Recurrent(Cache):
-    """Tensors of fixed size by name (`cache["state"]`); a layer replaces them as it reads on."""
+    """Tensors of fixed size by name (`cache["state"]`); a layer replaces them, or writes over them, as it reads on.
+
+    Whoever wants to go back keeps a copy (copy.deepcopy of a cache), not the tensors.
+    """
 
     def __init__(self, **tensors: Tensor):
         self._tensors = tensors

@@ -21,7 +21,7 @@ from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d, causal_conv1d_continue
 from zexp.kernels.cpp.compiler import compiler, identity
 from zexp.kernels.cross_entropy.torch_backend import linear_cross_entropy
-from zexp.kernels.decode.torch_backend import linear
+from zexp.kernels.decode.torch_backend import linear, mamba2_continue
 from zexp.kernels.fused import Fused, adapter
 from zexp.kernels.gated_delta.torch_backend import gated_delta
 from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
@@ -52,6 +52,7 @@ class Kernels:
     gated_norm: Function = gated_norm
     linear: Function = linear
     linear_cross_entropy: Function = linear_cross_entropy
+    mamba2_continue: Function = mamba2_continue
     mlp_activation: Function = mlp_activation
     moe: Function = moe
     norm_gated: Function = norm_gated
@@ -66,9 +67,15 @@ class Kernels:
 
 TORCH = Kernels()
 
-# What decoding calls besides, and whose choice it follows (None: no operation's). None has a gradient that it does not get from torch,
-# and no training calls it: a fingerprint does not know of it.
-DECODING = {"attention_continue": None, "causal_conv1d_continue": "causal_conv1d", "linear": None, "ssd_continue": "ssd"}
+# What decoding calls besides, and whose choice it follows. None has a gradient that it does not get from torch, and no training
+# calls it: a fingerprint does not know of it.
+DECODING: dict[str, tuple[str, ...]] = {
+    "attention_continue": (),
+    "causal_conv1d_continue": ("causal_conv1d",),
+    "linear": (),
+    "mamba2_continue": ("causal_conv1d", "ssd", "gated_norm"),
+    "ssd_continue": ("ssd",),
+}
 
 # Of an operation, where they are not the one of its name.
 _FUNCTIONS = {"activation": ("mlp_activation", "gated"), "cross_entropy": ("linear_cross_entropy",), "gated_norm": ("gated_norm", "norm_gated")}
@@ -133,15 +140,9 @@ def decoding(kernels: Kernels, choices: dict[str, Choice], device: str | torch.d
     """The same with the functions of zexp/kernels/decode where they can be had: on a CPU with a compiler."""
     if torch.device(device).type != "cpu" or compiler() is None:
         return kernels
-    from zexp.kernels.cpp.library import library
     from zexp.kernels.decode import cpp_backend
 
-    try:
-        library("decode")
-    except (OSError, RuntimeError) as error:
-        log.warning("Kernels: decoding stays with torch: %s", error)
-        return kernels
-    taken: list[str] = [name for name, operation in DECODING.items() if operation is None or _in_cpp(choices.get(operation))]
+    taken = [name for name, operations in DECODING.items() if all(_in_cpp(choices.get(operation)) for operation in operations)]
     functions: dict[str, Any] = {name: getattr(cpp_backend, name) for name in taken}
     return replace(kernels, **functions)
 

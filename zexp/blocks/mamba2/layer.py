@@ -6,7 +6,6 @@ B batch · T positions · D model width · I inner width · H heads · P head wi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zexp.blocks.cache import Cache, Recurrent
@@ -15,6 +14,7 @@ from zexp.blocks.init import Draw
 from zexp.blocks.layer import BlockLayer, Place
 from zexp.blocks.linear import Linear
 from zexp.blocks.mamba2.spec import Spec
+from zexp.kernels.decode.torch_backend import Mamba2Options, Mamba2Weights, mamba2_scanned
 from zexp.kernels.precision import at_least_fp32
 
 # Initial range of the published models (state-spaces/mamba, modules/mamba2.py).
@@ -28,7 +28,8 @@ class Layer(BlockLayer):
 
     def __init__(self, spec: Spec, width: int, eps: float, place: Place):
         super().__init__()
-        self.spec, self.eps = spec, eps
+        self.spec = spec
+        self.options = Mamba2Options(eps, spec.chunk, spec.dt_min, spec.dt_max, spec.norm_before_gate)
         inner, heads, channels = spec.inner(width), spec.heads(width), spec.conv_channels(width)
         self.splits = (inner, channels, heads)
         self.in_proj = Linear(width, sum(self.splits), bias=False)
@@ -54,9 +55,10 @@ class Layer(BlockLayer):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         z_BTI, mixed_BTC, dt_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
         mixed_BTC = self.kernels.causal_conv1d(mixed_BTC, self.conv_weight, self.conv_bias, context.documents)
-        inputs = self._scanned(mixed_BTC, dt_BTH)
+        inputs = mamba2_scanned(mixed_BTC, dt_BTH, self._weights(), self.spec.groups, self.options)
         y_BTHP = self.kernels.ssd(*inputs, chunk=self.spec.chunk, documents=context.documents)
-        return self._out(y_BTHP, z_BTI)
+        norm = self.kernels.norm_gated if self.spec.norm_before_gate else self.kernels.gated_norm
+        return self.out_proj(norm(y_BTHP.flatten(2), z_BTI, self.norm_weight, self.options.eps, self.spec.groups))
 
     def new_cache(self, batch: int, like: Tensor) -> Cache:
         inner, channels, _ = self.splits
@@ -69,28 +71,10 @@ class Layer(BlockLayer):
     @torch.no_grad()
     def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
         assert isinstance(cache, Recurrent)
-        z_BTI, mixed_BTC, dt_BTH = self.in_proj(x_BTD).split(self.splits, dim=-1)
-        mixed_BTC, cache["conv"] = self.kernels.causal_conv1d_continue(mixed_BTC, self.conv_weight, self.conv_bias, cache["conv"])
-        y_BTHP, cache["state"] = self.kernels.ssd_continue(*self._scanned(mixed_BTC, dt_BTH), cache["state"], chunk=self.spec.chunk)
-        return self._out(y_BTHP, z_BTI)
-
-    def _scanned(self, mixed_BTC: Tensor, dt_BTH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x, dt, A, B, C, D as the scan takes them."""
-        spec = self.spec
-        shared = spec.groups * spec.state_size
-        x_BTI, b, c = mixed_BTC.split((self.splits[0], shared, shared), dim=-1)
-        dt = F.softplus(at_least_fp32(dt_BTH) + self.dt_bias)
-        if spec.dt_min is not None or spec.dt_max is not None:
-            dt = dt.clamp(spec.dt_min, spec.dt_max)
-        return (
-            x_BTI.unflatten(-1, (-1, spec.head_dim)),
-            dt,
-            -at_least_fp32(self.A_log).exp(),
-            b.unflatten(-1, (spec.groups, -1)),
-            c.unflatten(-1, (spec.groups, -1)),
-            self.D,
+        projected_BTE = self.in_proj(x_BTD)
+        return self.out_proj(
+            self.kernels.mamba2_continue(projected_BTE, self._weights(), cache["conv"], cache["state"], self.options)
         )
 
-    def _out(self, y_BTHP: Tensor, z_BTI: Tensor) -> Tensor:
-        norm = self.kernels.norm_gated if self.spec.norm_before_gate else self.kernels.gated_norm
-        return self.out_proj(norm(y_BTHP.flatten(2), z_BTI, self.norm_weight, self.eps, self.spec.groups))
+    def _weights(self) -> Mamba2Weights:
+        return Mamba2Weights(self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm_weight)

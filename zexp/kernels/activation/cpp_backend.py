@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,26 +20,36 @@ def cpp() -> dict[str, Fused]:
 
 def mlp_activation(x: Tensor, name: Activation) -> Tensor:
     """As the torch backend's."""
-    return _Activation.apply(x, GATED[name], True) if name in GATED else _Activation.apply(x, name, False)
+    return gated(x, GATED[name]) if name in GATED else _activated(x, cast(Gate, name), False)
 
 
 def gated(x: Tensor, gate: Gate) -> Tensor:
     """As the torch backend's."""
-    return _Activation.apply(x, gate, True)
+    return _activated(x, gate, True)
 
 
 def refuses(x: Tensor, name: Activation | Gate) -> str | None:
     return not_taken(activations=(x,))
 
 
+def _activated(x: Tensor, gate: Gate, is_gated: bool) -> Tensor:
+    return _Activation.apply(x, gate, is_gated) if torch.is_grad_enabled() else _forward(x.contiguous(), gate, is_gated)[0]
+
+
+def _forward(x: Tensor, gate: Gate, is_gated: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """What becomes of x, and the sizes of the call."""
+    width = x.shape[-1] // 2 if is_gated else x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], width)
+    sizes = (x.numel() // max(1, x.shape[-1]), width, PLAIN.index(gate), is_gated)
+    call("activation", "forward", x.dtype, x, y, *sizes, numbers=y.numel())
+    return y, sizes
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Gate, is_gated: bool) -> Tensor:
         x = x.contiguous()
-        width = x.shape[-1] // 2 if is_gated else x.shape[-1]
-        y = x.new_empty(*x.shape[:-1], width)
-        ctx.sizes = (x.numel() // max(1, x.shape[-1]), width, PLAIN.index(gate), is_gated)
-        call("activation", "forward", x.dtype, x, y, *ctx.sizes)
+        y, ctx.sizes = _forward(x, gate, is_gated)
         ctx.save_for_backward(x)
         return y
 

@@ -15,7 +15,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -31,6 +31,10 @@ SOURCE = "kernel.cpp"
 ALONE = 1 << 15  # numbers that one thread has done before a second is awake; what torch's own elementwise operations take
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+# With the types of their arguments, which are those of the first call: to find and wrap them anew takes longer than a row's norm.
+_functions: dict[tuple[str, str, torch.dtype], Callable[..., None]] = {}
+_PLAIN = {int, float, bool, type(None)}  # what is handed on as it is; isinstance of a torch class takes three times as long
 
 
 @functools.cache
@@ -59,8 +63,12 @@ def call(
     numbers: that are computed; of few it is one thread. None = many.
     """
     threads = 1 if numbers is not None and numbers < ALONE else torch.get_num_threads()
-    converted = [_converted(arg) for arg in (*args, threads)]
-    getattr(library(operation), f"{function}_{SUFFIX[dtype]}")(*converted)
+    found = _functions.get((operation, function, dtype))
+    if found is None:
+        found = getattr(library(operation), f"{function}_{SUFFIX[dtype]}")
+        found.argtypes = [_type(arg) for arg in (*args, threads)]
+        _functions[operation, function, dtype] = found
+    found(*[arg if type(arg) in _PLAIN else arg.data_ptr() for arg in args], threads)  # type: ignore[union-attr]
 
 
 def not_taken(
@@ -71,10 +79,12 @@ def not_taken(
     taken: dtypes of what is given whole, where the caller makes fp32 of it.
     """
     types = {tensor.dtype for tensor in activations}
-    if len(types) > 1 or not types <= SUFFIX.keys():
+    if len(types) > 1 or not types.issubset(SUFFIX):
         return f"inputs in {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}, the kernel takes fp32 or bf16"
-    other = next((tensor.dtype for tensor in whole if tensor is not None and tensor.dtype not in taken), None)
-    return None if other is None else f"weights in {str(other).removeprefix('torch.')}, the kernel takes fp32"
+    for tensor in whole:
+        if tensor is not None and tensor.dtype not in taken:
+            return f"weights in {str(tensor.dtype).removeprefix('torch.')}, the kernel takes fp32"
+    return None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -89,12 +99,10 @@ def rows(x: Tensor) -> Tensor:
     return x
 
 
-def _converted(arg: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    if arg is None:
-        return ctypes.c_void_p(None)
-    if isinstance(arg, Tensor):
-        return ctypes.c_void_p(arg.data_ptr())
-    return ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int64(arg)
+def _type(arg: Tensor | int | float | None) -> type[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float]:
+    if arg is None or isinstance(arg, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_float if isinstance(arg, float) else ctypes.c_int64
 
 
 def _compile(operation: str, texts: dict[str, str], path: Path) -> None:

@@ -4,10 +4,14 @@ torch's products of one row with a matrix read 6 GB/s of it here and these 20; o
 its attention 4 ms in fp32 and 20 in bf16.
 
 B batch · T positions · S keys · H query heads · G key-value heads or groups · P head width · C channels · K conv width
-N state size · J heads of a group (H / G) · I inputs · O outputs.
+N state size · J heads of a group (H / G) · I inputs · O outputs · E channels of Mamba2's first product.
 """
 
 from __future__ import annotations
+
+import functools
+import logging
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +20,14 @@ from torch import Tensor
 from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.causal_conv1d import cpp_backend as conv_in_cpp
 from zexp.kernels.causal_conv1d import torch_backend as conv_in_torch
-from zexp.kernels.cpp.library import SUFFIX, call
+from zexp.kernels.cpp.library import SUFFIX, call, library
+from zexp.kernels.decode import torch_backend
+from zexp.kernels.decode.torch_backend import Mamba2Options, Mamba2Parts, Mamba2Weights
+from zexp.kernels.gated_norm import cpp_backend as norm_in_cpp
 from zexp.kernels.ssd import cpp_backend as ssd_in_cpp
 from zexp.kernels.ssd import torch_backend as ssd_in_torch
+
+log = logging.getLogger(__name__)
 
 ROWS = 4  # of more rows torch's product is the faster one
 
@@ -30,7 +39,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if (
         rows > ROWS
         or torch.is_grad_enabled()
-        or not _taken(x, weight_OI, *(() if bias_O is None else (bias_O,)))
+        or not _taken(x, weight_OI, x if bias_O is None else bias_O)
         or torch.is_autocast_enabled("cpu")
         or not weight_OI.is_contiguous()
     ):
@@ -40,12 +49,12 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return y
 
 
-@torch.no_grad()
 def attention_continue(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, *, scale: float, window: int | None = None) -> Tensor:
     """attention() of queries that stand at the last keys. No gradient."""
     batch, length, heads, width = q_BTHP.shape
     if length > 1 or not _taken(q_BTHP, k_BSGP, v_BSGP) or not _in_rows(k_BSGP) or not _in_rows(v_BSGP):
-        return attention(q_BTHP, k_BSGP, v_BSGP, scale=scale, window=window)
+        with torch.no_grad():
+            return attention(q_BTHP, k_BSGP, v_BSGP, scale=scale, window=window)
     if window is not None:
         k_BSGP, v_BSGP = k_BSGP[:, -window:], v_BSGP[:, -window:]
     out = q_BTHP.new_empty(q_BTHP.shape)
@@ -103,10 +112,51 @@ def ssd_continue(
     return y, state
 
 
-def _taken(*tensors: Tensor) -> bool:
-    """All on the CPU, all fp32 or all bf16."""
-    dtype = tensors[0].dtype
-    return dtype in SUFFIX and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
+_PARTS = Mamba2Parts(causal_conv1d_continue, ssd_continue, norm_in_cpp.gated_norm, norm_in_cpp.norm_gated)
+
+
+def mamba2_continue(
+    projected_BTE: Tensor, weights: Mamba2Weights, conv_BKC: Tensor, state_BGNJ: Tensor, options: Mamba2Options
+) -> Tensor:
+    """As the torch backend's."""
+    if not _taken(projected_BTE):
+        return torch_backend.mamba2_continue(projected_BTE, weights, conv_BKC, state_BGNJ, options)
+    batch, length, _ = projected_BTE.shape
+    alike = _taken(projected_BTE, conv_BKC, *weights) and state_BGNJ.dtype == torch.float32
+    if length > 1 or not alike or not conv_BKC.is_contiguous() or not state_BGNJ.is_contiguous():
+        return torch_backend.mamba2_continue(projected_BTE, weights, conv_BKC, state_BGNJ, options, _PARTS)
+    projected = projected_BTE if projected_BTE.stride(2) == 1 else projected_BTE.contiguous()
+    heads, inner = weights.dt_bias_H.shape[0], weights.norm_I.shape[0]
+    _, groups, size, _ = state_BGNJ.shape
+    y = projected.new_empty(batch, 1, inner)
+    sizes = (batch, projected.stride(0), heads, inner // heads, groups, size, conv_BKC.shape[1], options.norm_before_gate)
+    low = -math.inf if options.dt_min is None else options.dt_min
+    high = math.inf if options.dt_max is None else options.dt_max
+    tensors = (tensor.contiguous() for tensor in weights)
+    call("decode", "mamba2", y.dtype, projected, *tensors, conv_BKC, state_BGNJ, y, *sizes, float(low), float(high), options.eps)
+    return y
+
+
+@functools.cache
+def _compiled() -> bool:
+    """Whether there is a library. Asked by the first call that would use it: a training never decodes."""
+    try:
+        library("decode")
+    except (OSError, RuntimeError) as error:
+        log.warning("Kernels: decoding stays with torch: %s", error)
+        return False
+    return True
+
+
+def _taken(first: Tensor, *others: Tensor) -> bool:
+    """All on the CPU, all fp32 or all bf16, and there is a library."""
+    dtype = first.dtype
+    if dtype not in SUFFIX or not first.is_cpu:
+        return False
+    for tensor in others:
+        if tensor.dtype != dtype or not tensor.is_cpu:
+            return False
+    return _compiled()
 
 
 def _in_rows(x_BSGP: Tensor) -> bool:

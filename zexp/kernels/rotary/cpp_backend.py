@@ -28,7 +28,7 @@ def rotary(
     """As the torch backend's."""
     width, length = x_BTHP.shape[3] if turned is None else turned, x_BTHP.shape[1]
     cos, sin = angles(start, length, width, theta, scaling, x_BTHP.device, torch.float32)
-    return _Rotary.apply(x_BTHP, cos, sin)
+    return _Rotary.apply(x_BTHP, cos, sin) if torch.is_grad_enabled() else _turned(x_BTHP, cos, sin, 1.0)
 
 
 def refuses(
@@ -53,5 +53,6 @@ class _Rotary(torch.autograd.Function):
 def _turned(x_BTHP: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     x = x_BTHP if x_BTHP.stride(3) == 1 else x_BTHP.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
-    call("rotary", "turn", x.dtype, x, cos, sin, y, *x.shape, 2 * cos.shape[-1], *x.stride()[:3], direction)
+    sizes = (*x.shape, 2 * cos.shape[-1], *x.stride()[:3])
+    call("rotary", "turn", x.dtype, x, cos, sin, y, *sizes, direction, numbers=y.numel())
     return y
