@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,6 +141,7 @@ MAMBA2 = [  # heads, head width, groups, state size, conv width
     (2, 7, 2, 1, 1),
     (24, 16, 3, 128, 4),
 ]
+IN_CPP = dispatch.decoding(dispatch.TORCH, {name: select.Choice(select.CPP) for name in ("ssd", "causal_conv1d", "gated_norm")}, "cpu")
 PLAIN = Mamba2Options(eps=1e-5, chunk=16, dt_min=None, dt_max=None, norm_before_gate=False)
 
 
@@ -164,9 +166,9 @@ def test_mamba2_goes_on_in_place_and_the_torch_form_with_it(length, sizes, clamp
     projected, weights, conv, state = mamba2_inputs(*sizes, length=length, dtype=dtype)
     doubles = projected.double(), Mamba2Weights(*(weight.double() for weight in weights)), conv.double(), state.double()
     wanted = reference.mamba2_continue(*doubles, options)
-    for function in (cpp_backend.mamba2_continue, torch_backend.mamba2_continue):
+    for kernels in (IN_CPP, dispatch.TORCH):
         own_conv, own_state = conv.clone(), state.clone()
-        y = function(projected, weights, own_conv, own_state, options)
+        y = kernels.mamba2_continue(projected, weights, own_conv, own_state, options, kernels)
         assert y.dtype == dtype and own_conv.dtype == dtype and own_state.dtype == torch.float32
         for found, true in zip((y, own_conv, own_state), wanted, strict=True):
             assert_close(found, true, dtype)
@@ -184,11 +186,26 @@ def test_mamba2_in_numbers_that_the_kernel_does_not_take(calls):
         "a memory of other strides": (projected, weights, turned, state.clone()),
     }
     for name, given in cases.items():
-        y = cpp_backend.mamba2_continue(*given, PLAIN)
+        y = IN_CPP.mamba2_continue(*given, PLAIN, IN_CPP)
         assert y.dtype == given[0].dtype, name
         for found, true in zip((y, given[2], given[3]), wanted, strict=True):
             assert_close(found, true, torch.bfloat16 if "bf16" in name else torch.float32)
     assert "mamba2" not in calls
+
+
+def test_what_mamba2_is_made_of_are_the_kernels_that_the_model_was_given():
+    called: list[str] = []
+
+    def noted(name):
+        return lambda *args, **keys: (called.append(name), getattr(dispatch.TORCH, name)(*args, **keys))[1]
+
+    for norm in ("gated_norm", "norm_gated"):
+        called.clear()
+        names = ("causal_conv1d_continue", "ssd_continue", norm)
+        kernels = replace(dispatch.TORCH, **{name: noted(name) for name in names})
+        options = PLAIN._replace(norm_before_gate=norm == "norm_gated")
+        kernels.mamba2_continue(*mamba2_inputs(*MAMBA2[1]), options, kernels)
+        assert called == list(names)
 
 
 def test_steps_of_mamba2_that_are_large_stay_what_they_are():
@@ -196,8 +213,8 @@ def test_steps_of_mamba2_that_are_large_stay_what_they_are():
     projected, weights, conv, state = mamba2_inputs(*MAMBA2[1])
     projected[..., -4:] = torch.tensor([90.0, 1e4, -90.0, 20.0])
     doubles = projected.double(), Mamba2Weights(*(weight.double() for weight in weights)), conv.double(), state.double()
-    torch_backend.mamba2_continue(*doubles, PLAIN)
-    y = cpp_backend.mamba2_continue(projected, weights, conv, state, PLAIN)
+    dispatch.TORCH.mamba2_continue(*doubles, PLAIN, dispatch.TORCH)
+    y = IN_CPP.mamba2_continue(projected, weights, conv, state, PLAIN, IN_CPP)
     assert y.isfinite().all()
     assert_close(state, doubles[3], torch.float32)
 
@@ -212,7 +229,7 @@ def test_bits_do_not_depend_on_the_threads():
         for count in (1, 3):
             torch.set_num_threads(count)
             own_state = state.clone()
-            y = cpp_backend.mamba2_continue(projected, weights, conv.clone(), own_state, PLAIN)
+            y = IN_CPP.mamba2_continue(projected, weights, conv.clone(), own_state, PLAIN, IN_CPP)
             attended = cpp_backend.attention_continue(q, k, v, scale=0.1)
             results.append((cpp_backend.linear(x, weight), attended, y, own_state))
     finally:

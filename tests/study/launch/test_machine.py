@@ -118,7 +118,7 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch, preset, device, option
 def test_fused_kernels_want_a_gpu_before_anything_starts(monkeypatch):
     stages = [{"device": "auto", "kernels": "fused"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(ConfigError, match="kernels = fused: .* this machine shows no GPU"):
+    with pytest.raises(ConfigError, match=r"kernels = fused: .* this machine shows no GPU"):
         capacity(stages, LocalOptions())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert capacity(stages, LocalOptions()).gpus == 1

@@ -71,10 +71,9 @@ class Layer(BlockLayer):
     @torch.no_grad()
     def decode(self, x_BTD: Tensor, cache: Cache | None, context: Context) -> Tensor:
         assert isinstance(cache, Recurrent)
-        projected_BTE = self.in_proj(x_BTD)
-        return self.out_proj(
-            self.kernels.mamba2_continue(projected_BTE, self._weights(), cache["conv"], cache["state"], self.options)
-        )
+        remembered = (cache["conv"], cache["state"])
+        y_BTI = self.kernels.mamba2_continue(self.in_proj(x_BTD), self._weights(), *remembered, self.options, self.kernels)
+        return self.out_proj(y_BTI)
 
     def _weights(self) -> Mamba2Weights:
         return Mamba2Weights(self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm_weight)

@@ -22,8 +22,7 @@ from zexp.kernels.causal_conv1d import cpp_backend as conv_in_cpp
 from zexp.kernels.causal_conv1d import torch_backend as conv_in_torch
 from zexp.kernels.cpp.library import SUFFIX, call, library
 from zexp.kernels.decode import torch_backend
-from zexp.kernels.decode.torch_backend import Mamba2Options, Mamba2Parts, Mamba2Weights
-from zexp.kernels.gated_norm import cpp_backend as norm_in_cpp
+from zexp.kernels.decode.torch_backend import Mamba2Options, Mamba2Weights, Parts
 from zexp.kernels.ssd import cpp_backend as ssd_in_cpp
 from zexp.kernels.ssd import torch_backend as ssd_in_torch
 
@@ -112,19 +111,14 @@ def ssd_continue(
     return y, state
 
 
-_PARTS = Mamba2Parts(causal_conv1d_continue, ssd_continue, norm_in_cpp.gated_norm, norm_in_cpp.norm_gated)
-
-
 def mamba2_continue(
-    projected_BTE: Tensor, weights: Mamba2Weights, conv_BKC: Tensor, state_BGNJ: Tensor, options: Mamba2Options
+    projected_BTE: Tensor, weights: Mamba2Weights, conv_BKC: Tensor, state_BGNJ: Tensor, options: Mamba2Options, parts: Parts
 ) -> Tensor:
     """As the torch backend's."""
-    if not _taken(projected_BTE):
-        return torch_backend.mamba2_continue(projected_BTE, weights, conv_BKC, state_BGNJ, options)
     batch, length, _ = projected_BTE.shape
     alike = _taken(projected_BTE, conv_BKC, *weights) and state_BGNJ.dtype == torch.float32
     if length > 1 or not alike or not conv_BKC.is_contiguous() or not state_BGNJ.is_contiguous():
-        return torch_backend.mamba2_continue(projected_BTE, weights, conv_BKC, state_BGNJ, options, _PARTS)
+        return torch_backend.mamba2_continue(projected_BTE, weights, conv_BKC, state_BGNJ, options, parts)
     projected = projected_BTE if projected_BTE.stride(2) == 1 else projected_BTE.contiguous()
     heads, inner = weights.dt_bias_H.shape[0], weights.norm_I.shape[0]
     _, groups, size, _ = state_BGNJ.shape

@@ -7,16 +7,13 @@ P head width · G groups · N state size · K conv width · J heads of a group (
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zexp.kernels.causal_conv1d.torch_backend import causal_conv1d_continue
-from zexp.kernels.gated_norm.torch_backend import gated_norm, norm_gated
 from zexp.kernels.precision import at_least_fp32
-from zexp.kernels.ssd.torch_backend import ssd_continue
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -43,16 +40,17 @@ class Mamba2Options(NamedTuple):
     norm_before_gate: bool
 
 
-class Mamba2Parts(NamedTuple):
-    """The functions that it is made of."""
+class Parts(Protocol):
+    """The functions that it is made of, of those that a model was given."""
 
-    convolve: Callable[..., Any]
-    scan: Callable[..., Any]
-    gated_norm: Callable[..., Tensor]
-    norm_gated: Callable[..., Tensor]
-
-
-TORCH_PARTS = Mamba2Parts(causal_conv1d_continue, ssd_continue, gated_norm, norm_gated)
+    @property
+    def causal_conv1d_continue(self) -> Callable[..., Any]: ...
+    @property
+    def ssd_continue(self) -> Callable[..., Any]: ...
+    @property
+    def gated_norm(self) -> Callable[..., Any]: ...
+    @property
+    def norm_gated(self) -> Callable[..., Any]: ...
 
 
 @torch.no_grad()
@@ -62,7 +60,7 @@ def mamba2_continue(
     conv_BKC: Tensor,
     state_BGNJ: Tensor,
     options: Mamba2Options,
-    parts: Mamba2Parts = TORCH_PARTS,
+    parts: Parts,
 ) -> Tensor:
     """What Mamba2 computes between its two products, (B, T, I), from what it remembers. No gradient.
 
@@ -70,13 +68,14 @@ def mamba2_continue(
     """
     inner, groups = weights.norm_I.shape[0], state_BGNJ.shape[1]
     z_BTI, mixed_BTC, dt_BTH = projected_BTE.split((inner, conv_BKC.shape[2], weights.dt_bias_H.shape[0]), dim=-1)
-    mixed_BTC, tail_BKC = parts.convolve(mixed_BTC, weights.conv_CK, weights.conv_bias_C, conv_BKC)
+    mixed_BTC, tail_BKC = parts.causal_conv1d_continue(mixed_BTC, weights.conv_CK, weights.conv_bias_C, conv_BKC)
     inputs = mamba2_scanned(mixed_BTC, dt_BTH, weights, groups, options)
-    y_BTHP, after_BGNJ = parts.scan(*inputs, state_BGNJ, chunk=options.chunk)
+    y_BTHP, after_BGNJ = parts.ssd_continue(*inputs, state_BGNJ, chunk=options.chunk)
     conv_BKC.copy_(tail_BKC)
     state_BGNJ.copy_(after_BGNJ)
     norm = parts.norm_gated if options.norm_before_gate else parts.gated_norm
-    return norm(y_BTHP.flatten(2), z_BTI, weights.norm_I, options.eps, groups)
+    normed: Tensor = norm(y_BTHP.flatten(2), z_BTI, weights.norm_I, options.eps, groups)
+    return normed
 
 
 def mamba2_scanned(
