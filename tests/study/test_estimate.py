@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.study.test_plan import directory, planned  # noqa: F401  # a fixture
-from zexp.calc import devices
+from zexp.calc import devices, memory
+from zexp.calc.layout import Layout
 from zexp.config.errors import ConfigError
 from zexp.store import files
 from zexp.store.folder import Store
@@ -22,6 +23,7 @@ from zexp.study.launch.base import Stage as Launched
 from zexp.study.launch.options import LocalOptions
 from zexp.study.launch.scheduler import Schedule
 from zexp.study.measured import Measured
+from zexp.study.show import say_bytes
 from zexp.study.simulate import simulate
 
 H100 = queue.Queue(
@@ -247,7 +249,26 @@ def test_what_is_close_is_warned_of_with_what_would_help(directory, store, monke
     assert looked(plan, store, monkeypatch, machine.Memory(10**10, int(total / 0.89))).warnings() == []
     (text,) = looked(plan, store, monkeypatch, machine.Memory(10**10, int(total / 0.91))).warnings()
     assert "may run out of memory" in text and "execution.micro_batch=2 would take" in text
-    assert "activation_checkpointing" not in text, "a training refuses it"
+    full = memory.training(
+        need.variant.model, Layout(checkpointing="full"), seq_len=need.variant.run.seq_len,
+        micro_batch=need.variant.run.execution.micro_batch, precision=need.variant.run.precision,
+    )  # fmt: skip
+    assert f"parallelism.activation_checkpointing=full would take {say_bytes(full.total)}" in text
+
+
+@pytest.mark.parametrize(("setting", "device", "less"), [("auto", "cuda", True), ("auto", "cpu", False), ("none", "cuda", False), ("full", "cpu", True)])
+def test_a_plan_counts_the_memory_that_the_training_will_choose(directory, store, setting, device, less):  # noqa: F811
+    plan = planned(directory, ("anneal=none", f"parallelism.activation_checkpointing={setting}"), store=store)
+    (all_kept,) = fits.needs(planned(directory, ("anneal=none", "parallelism.activation_checkpointing=none"), store=store), queue_of(device))
+    total = all_kept.training.total
+    (found,) = fits.needs(plan, queue_of(device, int(total / 0.91)))
+    assert (found.training.total < total) == less
+    (found,) = fits.needs(plan, queue_of(device, int(total / 0.89)))
+    assert (found.training.total < total) == (setting == "full")
+
+
+def queue_of(device: str, room: int | None = None) -> queue.Queue:
+    return queue.Queue(backend="local", slots=1, threads=1, device=device, model=None, memory=room, available=room)
 
 
 def test_memory_is_shared_by_the_trainings_that_run_at_once(directory, store, monkeypatch):  # noqa: F811

@@ -127,6 +127,7 @@ def request(to: int, **changes: Any) -> dict[str, Any]:
         "keep": [],
         "micro_batch": 4,
         "threads": 1,
+        "activation_checkpointing": "auto",
         "ranks": ranks(1),
         "device": "cpu",
         "kernels": "auto",

@@ -107,6 +107,19 @@ def test_the_shares_of_the_ranks_are_the_batch(tiny_store, tiny_corpus):
         Batches(tiny_store, read, "cpu", 0, 3).read(STEP, STEP)
 
 
+def test_what_was_read_ahead_is_what_is_asked_for_or_is_forgotten(tiny_store, tiny_corpus, monkeypatch):
+    (segment,) = chain(tiny_corpus, 4).segments
+    batches = Batches(tiny_store, [Segment(segment.id, segment.semantic)], "cpu")
+    wanted = {at: batches.read(at, STEP).labels_BT for at in (0, STEP, 2 * STEP)}
+    batches.prepare(STEP, STEP)
+    monkeypatch.setattr(Batches, "_row", None)  # nothing is read now
+    assert batches.read(STEP, STEP).labels_BT.equal(wanted[STEP])
+    monkeypatch.undo()
+    batches.prepare(STEP, STEP)
+    assert batches.read(2 * STEP, STEP).labels_BT.equal(wanted[2 * STEP]), "another step, as after an interruption"
+    assert batches.read(STEP, 2 * STEP).labels_BT.equal(torch.cat([wanted[STEP], wanted[2 * STEP]]))
+
+
 @pytest.mark.parametrize(
     ("data", "nodes", "layout"), [(1, 1, "one process"), (2, 1, "data 2"), (8, 2, "data 8, nodes 2")]
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ class Work:
         return (self.model, segment, sizes, self.place, self.run.kernels, self.run.execution.deterministic)
 
     def estimate(self) -> memory.Training:
-        """What `zexp plan` reckons that the training takes."""
+        """What `zexp plan` reckons that the training takes if it keeps its activations, as this step does."""
         return memory.training(
-            self.model, layout_of(self.run), seq_len=self.run.seq_len, micro_batch=self.run.execution.micro_batch,
+            self.model, replace(layout_of(self.run), checkpointing="none"), seq_len=self.run.seq_len, micro_batch=self.run.execution.micro_batch,
             precision=self.run.precision,
         )  # fmt: skip
 

@@ -128,6 +128,8 @@ def _answer(
     missing = []
     if device == "cpu":
         missing.append("memory of a GPU, and its MFU against a datasheet: this ran on the CPU.")
+    if work.run.parallelism.activation_checkpointing == "full":
+        missing.append("activation checkpointing: this step keeps what layers compute.")
     if work.run.parallelism.data > 1:
         missing.append(
             f"the sum of gradients over {work.run.parallelism.data} ranks: this is one rank's share of the batch, alone."

@@ -17,8 +17,11 @@ class Context:
     the batch's tokens, in nats, so that micro-batches add up; None = nobody collects them, and none is computed.
 
     notes: what a layer leaves for later ones of the same pass, by name (RWKV-7's values of the first layer).
+
+    recomputed: the pass is run again for its gradients, so that nothing is counted a second time.
     """
 
     documents: Documents | None = None
     auxiliary: list[Tensor] | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
+    recomputed: bool = False

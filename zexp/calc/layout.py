@@ -10,6 +10,7 @@ from zexp.blocks.base import BlockSpec
 from zexp.blocks.resolve import specs_of
 
 CHECKPOINTING = ("none", "full")
+AUTO = "auto"  # of a config: one of them, chosen where the device is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Layout:
             found.append(f"parallelism.zero = {self.zero}: it is 0, 1, 2 or 3.")
         if self.checkpointing not in CHECKPOINTING:
             found.append(
-                f"parallelism.activation_checkpointing = {self.checkpointing!r}; it is {' or '.join(CHECKPOINTING)}."
+                f"parallelism.activation_checkpointing = {self.checkpointing!r}; it is {', '.join(CHECKPOINTING)} or {AUTO}."
             )
         if not found and self.data % self.expert:
             found.append(

@@ -7,18 +7,19 @@ framework itself, communication buffers, and what lives within one operation alo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zexp.blocks import pattern
 from zexp.blocks.base import BlockSpec, FeederSpec
 from zexp.blocks.resolve import Stack, specs_of, stack_of
-from zexp.calc.layout import Layout
+from zexp.calc.layout import AUTO, Layout
 from zexp.calc.model import cache_bytes, counted, decode_flops, norms_of, parameters, weights_read
 
 # Bytes a parameter: (weights that products read, gradient, optimizer). AdamW has two moments in fp32; under bf16 the weights
 # in fp32 belong to the optimizer, and the products read a copy in bf16.
 PER_PARAMETER = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
+FULL = 0.9  # of a device's memory: what is not counted (framework, buffers) takes the rest
 CONTEXTS = (2048, 8192, 32768, 131072)
 
 
@@ -61,6 +62,22 @@ def training(
         optimizer=shared_out(moments, 1),
         activations=round(tokens * kept),
     )
+
+
+def checkpointing(
+    setting: str, model: Mapping[str, Any], layout: Layout, *, seq_len: int, micro_batch: int, precision: str, room: int | None
+) -> str:
+    """none or full. setting: one of them, or auto: full where a training without it would exceed what is to be FULL of the room.
+
+    room: bytes for the training; None = not known, and auto is none then.
+    """
+    if setting != AUTO:
+        return setting
+    if room is None:
+        return "none"
+    alone = replace(layout, checkpointing="none")
+    taken = training(model, alone, seq_len=seq_len, micro_batch=micro_batch, precision=precision).total
+    return "full" if taken > FULL * room else "none"
 
 
 def parameters_per_device(model: Mapping[str, Any], layout: Layout) -> tuple[int, int]:

@@ -178,11 +178,12 @@ class Parallelism:
     nodes: int = execution(1)  # machines that the processes of one training are spread over, evenly
     data: int = execution(1)  # copies of the model over all nodes, a process (rank) each: an equal share of every batch
     timeout_seconds: float = execution(600.0)  # ranks wait for each other so long; more than writing a state takes
+    # none | full: layers keep their inputs alone, the rest is computed again | auto: full on a GPU that is too small for none
+    activation_checkpointing: str = execution("auto")
     # Layouts that `zexp calc` counts; a training does without.
     zero: int = execution(0)  # what the copies share out: 0 nothing | 1 optimizer | 2 and gradients | 3 and weights
     tensor: int = execution(1)  # devices that share the matrices of one copy
     expert: int = execution(1)  # of the copies, how many share one set of experts
-    activation_checkpointing: str = execution("none")  # none | full: layers' inputs are kept, the rest is computed again
 
 
 @dataclass(kw_only=True)

@@ -14,10 +14,8 @@ from zexp.calc import memory
 from zexp.config.errors import Problems
 from zexp.study.plan import Plan
 from zexp.study.queue import Queue
-from zexp.study.resolve import Variant, check_execution, layout_of
+from zexp.study.resolve import Variant, layout_of
 from zexp.study.show import say_bytes
-
-FULL = 0.9  # of a device's memory: what is not counted (framework, buffers) takes the rest
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Need:
             "precision": run.precision,
             **self.training.to_json(),
             "room": self.room,
-            "fits": None if self.room is None else self.training.total <= FULL * self.room,
+            "fits": None if self.room is None else self.training.total <= memory.FULL * self.room,
         }
 
 
@@ -55,10 +53,12 @@ def needs(plan: Plan, queue: Queue) -> list[Need]:
     for variant in (by_name[name] for name in variants):
         run = variant.run
         # The resolver gives variants of one architecture one dict.
-        key = (id(variant.model), run.seq_len, run.execution.micro_batch, run.precision, layout_of(run))
+        setting = run.parallelism.activation_checkpointing
+        key = (id(variant.model), run.seq_len, run.execution.micro_batch, run.precision, layout_of(run), setting)
         if key not in found:
             room = None if queue.available is None else queue.available // at_once
-            found[key] = Need(variant.arch, variant, _training(variant, {}), room)
+            on_gpu = room if queue.device == "cuda" else None  # a training's own choice is made for GPUs
+            found[key] = Need(variant.arch, variant, _training(variant, {}, on_gpu), room)
     seen = Counter(need.name for need in found.values())
     return [replace(need, name=need.variant.name) if seen[need.name] > 1 else need for need in found.values()]
 
@@ -84,7 +84,7 @@ def warnings(found: list[Need], queue: Queue) -> list[str]:
     """Of trainings that are likely to run out of memory: what they take, and what would help."""
     texts = []
     for need in found:
-        if need.room is None or need.training.total <= FULL * need.room:
+        if need.room is None or need.training.total <= memory.FULL * need.room:
             continue
         run = need.variant.run
         share = "has" if need.room == queue.available else f"has for each of {queue.slots} stages at once"
@@ -110,19 +110,15 @@ def _device(queue: Queue) -> str:
     return "this machine" if queue.device == "cpu" else queue.model or "the GPU"
 
 
-def _training(variant: Variant, changed: Mapping[str, Any]) -> memory.Training:
-    """changed: micro_batch or checkpointing other than the config's."""
+def _training(variant: Variant, changed: Mapping[str, Any], room: int | None = None) -> memory.Training:
+    """changed: micro_batch or checkpointing other than the config's. room: what auto chooses by, None = it is none."""
     run = variant.run
+    micro_batch = changed.get("micro_batch", run.execution.micro_batch)
+    setting = changed.get("checkpointing", run.parallelism.activation_checkpointing)
+    sizes = {"seq_len": run.seq_len, "micro_batch": micro_batch, "precision": run.precision}
     layout = layout_of(run)
-    if "checkpointing" in changed:
-        layout = replace(layout, checkpointing=changed["checkpointing"])
-    return memory.training(
-        variant.model,
-        layout,
-        seq_len=run.seq_len,
-        micro_batch=changed.get("micro_batch", run.execution.micro_batch),
-        precision=run.precision,
-    )
+    chosen = memory.checkpointing(setting, variant.model, layout, **sizes, room=room)
+    return memory.training(variant.model, replace(layout, checkpointing=chosen), **sizes)
 
 
 def _advice(need: Need) -> list[str]:
@@ -132,14 +128,11 @@ def _advice(need: Need) -> list[str]:
     half = run.execution.micro_batch // 2
     while half >= 1:
         taken = _training(need.variant, {"micro_batch": half}).total
-        if (need.room is not None and taken <= FULL * need.room) or half == 1:
+        if (need.room is not None and taken <= memory.FULL * need.room) or half == 1:
             found.append(f"execution.micro_batch={half} would take {say_bytes(taken)}.")
             break
         half //= 2
-    parallelism = replace(run.parallelism, activation_checkpointing="full")
-    illegal = Problems()
-    check_execution(replace(run, parallelism=parallelism), illegal)
-    if run.parallelism.activation_checkpointing == "none" and not illegal.texts:
-        taken = _training(need.variant, {"checkpointing": "full"}).total
+    taken = _training(need.variant, {"checkpointing": "full"}).total
+    if taken < need.training.total:
         found.append(f"parallelism.activation_checkpointing=full would take {say_bytes(taken)}.")
     return found

@@ -342,6 +342,7 @@ def _segment_stage(
             "keep": sorted(keep),
             "micro_batch": run.execution.micro_batch,
             "threads": run.parallelism.threads,
+            "activation_checkpointing": run.parallelism.activation_checkpointing,
             "ranks": ranks.request(run.parallelism),
             "device": run.execution.device,
             "kernels": run.kernels.backend,

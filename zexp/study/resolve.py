@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from zexp.blocks import resolve as blocks_resolve
 from zexp.calc import match as calc_match
 from zexp.calc import model as calc_model
-from zexp.calc.layout import Layout
+from zexp.calc.layout import AUTO, Layout
 from zexp.config.errors import ConfigError, Problems
 from zexp.config.identity import semantic_dict
 from zexp.config.schema import Mix, Run, Source
@@ -362,14 +362,15 @@ class Resolver:
 
 
 def layout_of(run: Run) -> Layout:
-    """How the config spreads a model over devices."""
+    """How the config spreads a model over devices. Of activation_checkpointing=auto it is what a device with room has: none."""
     group = run.parallelism
+    checkpointing = "none" if group.activation_checkpointing == AUTO else group.activation_checkpointing
     return Layout(
         data=group.data,
         zero=group.zero,
         tensor=group.tensor,
         expert=group.expert,
-        checkpointing=group.activation_checkpointing,
+        checkpointing=checkpointing,
     )
 
 
@@ -433,7 +434,6 @@ def check_execution(run: Run, problems: Problems) -> None:
         ("zero", layout.zero, 0),
         ("tensor", layout.tensor, 1),
         ("expert", layout.expert, 1),
-        ("activation_checkpointing", layout.checkpointing, "none"),
     ):
         if value != alone and not illegal:
             problems.add(

@@ -41,18 +41,31 @@ class Batches:
         self._store, self._device = store, device
         self._rank, self._ranks = rank, ranks
         self._windows: dict[str, Windows] = {}
+        self._prepared: tuple[tuple[int, int], Batch] | None = None
+
+    def prepare(self, tokens: int, batch_tokens: int) -> None:
+        """Read ahead what `read` will be asked for next: to be called while the device has work."""
+        self._prepared = ((tokens, batch_tokens), self._read(tokens, batch_tokens))
 
     def read(self, tokens: int, batch_tokens: int) -> Batch:
         """This share of what the optimizer step from `tokens` (absolute) to tokens + batch_tokens trains on."""
+        (asked, batch), self._prepared = self._prepared or (None, None), None
+        return batch if batch is not None and asked == (tokens, batch_tokens) else self._read(tokens, batch_tokens)
+
+    def _read(self, tokens: int, batch_tokens: int) -> Batch:
         first, stop = self.stream.item_at(tokens), self.stream.item_at(tokens + batch_tokens)
         share, rest = divmod(stop - first, self._ranks)
         if rest:
             raise ValueError(f"a batch of {stop - first} sequences cannot be shared evenly among {self._ranks} ranks")
         first += self._rank * share
         rows = [self._row(item) for item in range(first, first + share)]
-        tokens_BT = torch.from_numpy(np.stack([tokens for tokens, _ in rows])).to(self._device)
-        documents_BT = torch.from_numpy(np.stack([documents for _, documents in rows])).to(self._device)
+        tokens_BT, documents_BT = (self._placed(np.stack(one)) for one in zip(*rows, strict=True))
         return Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], documents_BT[:, :-1])
+
+    def _placed(self, rows_BT: np.ndarray) -> Tensor:
+        """On the device. A GPU copies by itself, out of memory that stays where it is, and nobody waits."""
+        read = torch.from_numpy(rows_BT)
+        return read.pin_memory().to(self._device, non_blocking=True) if self._device.startswith("cuda") else read
 
     def _row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         place = self.stream.locate(item)

@@ -30,7 +30,7 @@ from zexp.train.chain import batch_tokens, chain, is_step_boundary, start_tokens
 from zexp.train.divergence import Watch
 from zexp.train.lifeline import Lead, Line
 from zexp.train.logger import logging_to, open_curves
-from zexp.train.machine import settled
+from zexp.train.machine import recomputes, settled
 from zexp.train.parallel import World
 from zexp.train.record import KeptRecord, NoRecord, Record
 from zexp.train.signals import StopFlag
@@ -69,6 +69,7 @@ def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: 
             training = begin(
                 store, segments, batches.stream, target, attempt, request["kernels"], device, request.get("from_hf")
             )
+            training.model.recomputes = recomputes(training.model.semantic, segment, request, device)
             details = fingerprint.fingerprint(segments[0].semantic["model"], request, device)
             start, threads = training.tokens, request["threads"]
             log.info("Training from %d to %d tokens on %s, threads: %d.", start, target, device, threads)
@@ -98,6 +99,7 @@ def accompany(
         _check_alike(details, word["fingerprint"])
         batches = Batches(store, segments, device, world.rank, world.size)
         training = blank(root, segment, request["kernels"], device)
+        training.model.recomputes = recomputes(root["model"], segment, request, device)
         training.tokens, training.step, training.above = word["tokens"], word["step"], word["above"]
         line.ready()
         with world.connected(line.group, device, request["ranks"]["timeout_seconds"]):
@@ -165,10 +167,12 @@ class _Loop:
         )
         summed = self.world.sum_gradients(model, torch.cat([own_loss.view(1), self._flags(stop)]))
         norm_on_device = optimizer.clip(model, segment["optim"]["clip"])
+        if (end := training.tokens + size) < target:
+            self.batches.prepare(end, batch_tokens(segment, end))
         # The one wait for the device in a step: divergence has to be seen before the update.
         loss, *flags, grad_norm = torch.cat([summed, norm_on_device.view(1)]).tolist()
         self._hear(flags)
-        end, step = training.tokens + size, training.step + 1
+        step = training.step + 1
         reason = self.watch.see(loss, grad_norm)
         rate = self.pace.at(end)
         if reason is not None or end >= target or step % self.request["log_every"] == 0:

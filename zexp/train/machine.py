@@ -1,14 +1,21 @@
-"""How this process computes: threads, determinism, and what it does with memory that it no longer needs."""
+"""How this process computes: threads, determinism, what it keeps for a backward pass, and what it does with freed memory."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from zexp.calc import memory
+from zexp.calc.layout import Layout
+
+log = logging.getLogger(__name__)
 
 # mallopt's numbers (malloc.h) and the largest value that it takes.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
@@ -36,6 +43,20 @@ def settled(threads: int, deterministic: bool) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filling_before  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(deterministic_before)
         torch.set_num_threads(threads_before)
+
+
+def recomputes(model: Mapping[str, Any], segment: Mapping[str, Any], request: Mapping[str, Any], device: str) -> bool:
+    """Whether layers keep their inputs alone and the backward pass computes the rest again: the request's activation_checkpointing.
+
+    auto looks at the GPU's memory; on a CPU it is none, because how much of its memory is this process's is not known here.
+    """
+    setting = request["activation_checkpointing"]
+    room = torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else None
+    sizes = {"seq_len": segment["seq_len"], "micro_batch": request["micro_batch"], "precision": segment["precision"]}
+    full = memory.checkpointing(setting, model, Layout(), **sizes, room=room) == "full"
+    if full:
+        log.info("Activations are computed again in the backward pass (parallelism.activation_checkpointing=%s).", setting)
+    return full
 
 
 def keep_freed_memory() -> None:

@@ -99,7 +99,7 @@ class Layer(BlockLayer):
             chosen_KM = self._chosen(logits_EM.detach(), probabilities_EM.detach(), groups, balanced)
             weights_KM = self._weights(probabilities_EM, chosen_KM)
             if context.auxiliary is not None:
-                self._account(logits_EM, probabilities_EM, chosen_KM, groups, context.auxiliary)
+                self._account(logits_EM, probabilities_EM, chosen_KM, groups, context)
         return chosen_KM, weights_KM
 
     def _mixed(self, x_BTD: Tensor, chosen_KM: Tensor, weights_KM: Tensor) -> Tensor:
@@ -129,9 +129,11 @@ class Layer(BlockLayer):
         return weights_KM if self.spec.routed_scale == 1.0 else weights_KM * self.spec.routed_scale
 
     def _account(
-        self, logits_EM: Tensor, probabilities_EM: Tensor, chosen_KM: Tensor, groups: Groups, auxiliary: list[Tensor]
+        self, logits_EM: Tensor, probabilities_EM: Tensor, chosen_KM: Tensor, groups: Groups, context: Context
     ) -> None:
         """The losses of this layer's own, and the loads that after_step reads."""
+        auxiliary = context.auxiliary
+        assert auxiliary is not None
         if self.spec.aux_loss > 0:
             shares_EM = probabilities_EM
             if self.spec.router == "sigmoid":
@@ -139,7 +141,7 @@ class Layer(BlockLayer):
             auxiliary.append(self.spec.aux_loss * aux_loss(shares_EM, chosen_KM, groups))
         if self.spec.z_loss > 0:
             auxiliary.append(self.spec.z_loss * z_loss(logits_EM))
-        if self.training and self.spec.bias_rate > 0:
+        if self.training and self.spec.bias_rate > 0 and not context.recomputed:
             load_E = load(chosen_KM, self.spec.experts)
             self._load_E = load_E if self._load_E is None else self._load_E + load_E
 

@@ -55,8 +55,7 @@ class _Out(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, rest = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        r_k_HN, weight_HN, bias_HN, mean, inverse, bonus = rest
+        *inputs, r_k_HN, weight_HN, bias_HN, mean, inverse, bonus = ctx.saved_tensors
         y, r, k, v, g = (at_least_fp32(tensor) for tensor in inputs)
         dout = at_least_fp32(grads[0])
         normed = (y - mean).mul_(inverse)
