@@ -262,3 +262,32 @@ def test_a_compiler_that_fails_leaves_the_operation_to_torch_and_is_quoted(own_c
     ((name, reason),) = choice.passed_over
     assert name == "cpp" and "cannot compile rms_norm's kernel.cpp: no vectors here" in reason
     assert list((own_cache / "zexp" / "kernels").iterdir()) == []
+
+
+WRONG = {
+    "rms_norm": (torch.ones(3, 8), torch.ones(4), 1e-5),
+    "gated_norm": (torch.ones(3, 8), torch.ones(3, 8), torch.ones(8), 1e-5, 3),
+    "norm_gated": (torch.ones(3, 8), torch.ones(3, 4), torch.ones(8), 1e-5, 1),
+    "mlp_activation": (torch.ones(3, 7), "swiglu"),
+    "linear_cross_entropy": (torch.ones(3, 8), torch.ones(5, 8), torch.zeros(2, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_sizes_that_do_not_fit_are_refused_as_torch_refuses_them(name):
+    operation = {"norm_gated": "gated_norm", "mlp_activation": "activation", "linear_cross_entropy": "cross_entropy"}.get(name, name)
+    kernels = dispatch.kernels_of({operation: select.Choice(select.CPP)})
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        getattr(kernels, name)(*WRONG[name])
+
+
+def test_labels_of_other_integers_count_and_negative_ones_are_none():
+    hidden, weight = torch.randn(6, 8), torch.randn(5, 8)
+    labels = torch.tensor([0, 4, -100, 2, 1, -100])
+    kernels = dispatch.kernels_of({"cross_entropy": select.Choice(select.CPP)})
+    wanted = dispatch.TORCH.linear_cross_entropy(hidden, weight, labels)
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        torch.testing.assert_close(kernels.linear_cross_entropy(hidden, weight, labels.to(dtype)), wanted)
+    for wrong in (-1, 5):
+        with pytest.raises(IndexError, match="a label is none of 5 tokens"):
+            kernels.linear_cross_entropy(hidden, weight, labels.where(labels != 4, wrong))

@@ -91,14 +91,17 @@ def test_only_the_experts_inner_values_are_kept():
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-def test_of_choices_the_kernels_in_cpp_keep_where_they_went_and_no_more():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_choices_the_kernels_in_cpp_keep_where_they_went_and_in_fp32_their_inner_values(dtype):
     x, weights, up, down = inputs(2, "swiglu", torch.float32)
+    x = x.detach().to(dtype).requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         cpp_backend.moe(x, choices(2), weights, up, down, "swiglu")
     others = [tensor for tensor in kept if tensor.data_ptr() not in {t.data_ptr() for t in (x, weights, up, down)}]
-    assert {tensor.dtype for tensor in others} == {torch.int64}
-    assert [tensor.dim() for tensor in others] == [1, 2], "a token each, and the place of each choice"
+    token_N, places_KM, *inner = others
+    assert (token_N.dtype, places_KM.dtype, places_KM.shape) == (torch.int64, torch.int64, (2, TOKENS))
+    assert [tensor.shape for tensor in inner] == ([(len(token_N), 2 * INNER)] if dtype == torch.float32 else [])
 
 
 def test_numbers_of_rows_are_few_and_little_above_the_counts():

@@ -67,10 +67,10 @@ class Kernels:
 
 TORCH = Kernels()
 
-# What decoding calls besides, and whose choice it follows. None has a gradient that it does not get from torch, and no training
-# calls it: a fingerprint does not know of it.
+# What decoding calls besides, and whose choice it follows. None has a gradient that it does not get from torch, and a training gets
+# torch's product of `linear`: a fingerprint does not know of them.
 DECODING: dict[str, tuple[str, ...]] = {
-    "attention_continue": (),
+    "attention_continue": ("attention",),
     "causal_conv1d_continue": ("causal_conv1d",),
     "linear": (),
     "mamba2_continue": ("causal_conv1d", "ssd", "gated_norm"),

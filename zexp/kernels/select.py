@@ -32,7 +32,8 @@ TORCH = "torch"
 class Backend:
     """One fused implementation of an operation.
 
-    name: in logs, tables and fingerprints; its adapter is the function of that name in zexp/kernels/<operation>/fused_backend.py.
+    name: in logs, tables and fingerprints; its adapter is the function of that name in
+        zexp/kernels/<operation>/fused_backend.py, or cpp() in cpp_backend.py.
     device: cuda or cpu. package: the distribution that carries the kernel, None = torch itself, or zexp. modules: top-level modules that must be there.
     capability: the least compute capability. deterministic: whether repeats give the same bits under deterministic algorithms.
     """

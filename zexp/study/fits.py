@@ -23,13 +23,14 @@ class Need:
     """What training an architecture takes on each device.
 
     name: the architecture's, or the variant's where several architectures have one name; variant: the first that is trained;
-    room: bytes for one stage while as many run as there are slots, None = not known.
+    room: bytes for one stage while as many run as there are slots, None = not known; on_gpu: whether they are a GPU's.
     """
 
     name: str
     variant: Variant
     training: memory.Training
     room: int | None
+    on_gpu: bool = False
 
     def to_json(self) -> dict[str, Any]:
         run = self.variant.run
@@ -57,8 +58,8 @@ def needs(plan: Plan, queue: Queue) -> list[Need]:
         key = (id(variant.model), run.seq_len, run.execution.micro_batch, run.precision, layout_of(run), setting)
         if key not in found:
             room = None if queue.available is None else queue.available // at_once
-            on_gpu = room if queue.device == "cuda" else None  # a training's own choice is made for GPUs
-            found[key] = Need(variant.arch, variant, _training(variant, {}, on_gpu), room)
+            on_gpu = queue.device == "cuda"
+            found[key] = Need(variant.arch, variant, _training(variant, {}, room if on_gpu else None), room, on_gpu)
     seen = Counter(need.name for need in found.values())
     return [replace(need, name=need.variant.name) if seen[need.name] > 1 else need for need in found.values()]
 
@@ -111,7 +112,7 @@ def _device(queue: Queue) -> str:
 
 
 def _training(variant: Variant, changed: Mapping[str, Any], room: int | None = None) -> memory.Training:
-    """changed: micro_batch or checkpointing other than the config's. room: what auto chooses by, None = it is none."""
+    """changed: micro_batch or checkpointing other than the config's. room: of a GPU, what auto chooses by; None = it is none."""
     run = variant.run
     micro_batch = changed.get("micro_batch", run.execution.micro_batch)
     setting = changed.get("checkpointing", run.parallelism.activation_checkpointing)
@@ -127,7 +128,7 @@ def _advice(need: Need) -> list[str]:
     run = need.variant.run
     half = run.execution.micro_batch // 2
     while half >= 1:
-        taken = _training(need.variant, {"micro_batch": half}).total
+        taken = _training(need.variant, {"micro_batch": half}, need.room if need.on_gpu else None).total
         if (need.room is not None and taken <= memory.FULL * need.room) or half == 1:
             found.append(f"execution.micro_batch={half} would take {say_bytes(taken)}.")
             break

@@ -30,8 +30,8 @@ REQUEST_KEYS = ("micro_batch", "threads", "kernels", "deterministic")  # executi
 
 @dataclass(frozen=True)
 class Shape:
-    """What the speed of a training depends on. model: of text; request: the values of REQUEST_KEYS, and how many ranks on
-    how many nodes."""
+    """What the speed of a training depends on. model: of text; request: the values of REQUEST_KEYS, whether activations are
+    computed again, and how many ranks on how many nodes."""
 
     model: str
     seq_len: int
@@ -51,7 +51,8 @@ class Figure:
 
 def _asked(request: Mapping[str, Any]) -> tuple[str, ...]:
     ranks = request.get("ranks", {})
-    return (*(str(request.get(key)) for key in REQUEST_KEYS), *(str(ranks.get(key, 1)) for key in ("data", "nodes")))
+    again = str(request.get("activation_checkpointing") == "full")  # auto: a device of this kind always chooses the same
+    return (*(str(request.get(key)) for key in REQUEST_KEYS), again, *(str(ranks.get(key, 1)) for key in ("data", "nodes")))
 
 
 @dataclass

@@ -43,9 +43,10 @@ log = logging.getLogger(__name__)
 def run(store: Store, folder: StageFolder, request: Mapping[str, Any], attempt: Attempt) -> str:
     """Train a segment up to request["to"] (absolute tokens). "done", "diverged" or "interrupted".
 
-    request: to, optimizer (whether the state there must be one to train on from), keep, micro_batch, threads, device, kernels, deterministic, log_every, checkpoint {every_seconds,
-    rolling}, ranks {data, nodes, timeout_seconds}, from_hf (the folder of a root's given weights), logger,
-    retry_diverged, divergence {margin, steps}.
+    request: to, optimizer (whether the state there must be one to train on from), keep, micro_batch, threads,
+    activation_checkpointing, device, kernels, deterministic, log_every, checkpoint {every_seconds, rolling},
+    ranks {data, nodes, timeout_seconds}, from_hf (the folder of a root's given weights), logger, retry_diverged,
+    divergence {margin, steps}.
     """
     target = int(request["to"])
     if (found := folder.diverged()) is not None and found["tokens"] <= target:

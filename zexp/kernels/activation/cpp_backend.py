@@ -29,6 +29,8 @@ def gated(x: Tensor, gate: Gate) -> Tensor:
 
 
 def refuses(x: Tensor, name: Activation | Gate) -> str | None:
+    if x.shape[-1] % 2 and name in GATED:
+        return "rows that have no halves"  # which torch's form will not take either, and says so
     return not_taken(activations=(x,))
 
 

@@ -47,7 +47,7 @@ inline bf16 stored<bf16>(float x) {
     return bf16{uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
 }
 
-// e^x to 2 ulp: 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7. Below -87 it is 0, above 88.7 infinite.
+// e^x to 2 ulp: 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7. Below -87 it is 0, above 88.37 infinite.
 inline float exp(float x) {
     const float shift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
     float shifted = x * 1.44269504f + shift;

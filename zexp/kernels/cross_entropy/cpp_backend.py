@@ -32,6 +32,8 @@ def linear_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor,
 def refuses(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, softcap: float | None = None) -> str | None:
     if (why := not_taken(activations=(hidden_MD,))) is not None or (why := not_taken(activations=(weight_VD,))) is not None:
         return why
+    if labels_M.shape != hidden_MD.shape[:1] or labels_M.is_floating_point():
+        return "labels that are not one number a row"  # which torch's form will not take either, and says so
     return not_taken(activations=(hidden_MD.new_empty(0, dtype=product_dtype(hidden_MD)),))
 
 
@@ -40,9 +42,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, softcap: float | None) -> Tensor:
         dtype = product_dtype(hidden_MD)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        labels = torch.where(labels_M == IGNORED, -1, labels_M).contiguous()
-        if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < weight_VD.shape[0]:
-            raise IndexError(f"a label is none of {weight_VD.shape[0]} tokens: {int(labels.min())} to {int(labels.max())}")
+        ignored_M = labels_M == IGNORED
+        wanted = labels_M[~ignored_M]
+        if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < weight_VD.shape[0]:
+            raise IndexError(f"a label is none of {weight_VD.shape[0]} tokens: {int(wanted.min())} to {int(wanted.max())}")
+        labels = torch.where(ignored_M, -1, labels_M).long().contiguous()
         with torch.autocast("cpu", enabled=False):
             hidden, weight = hidden_MD.to(dtype), weight_VD.to(dtype)
             rows = max(1, SLICE_ELEMENTS // weight.shape[0])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zexp.kernels.attention import cpp_backend as attention_in_cpp
 from zexp.kernels.attention.torch_backend import attention
 from zexp.kernels.causal_conv1d import cpp_backend as conv_in_cpp
 from zexp.kernels.causal_conv1d import torch_backend as conv_in_torch
@@ -51,7 +52,11 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 def attention_continue(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, *, scale: float, window: int | None = None) -> Tensor:
     """attention() of queries that stand at the last keys. No gradient."""
     batch, length, heads, width = q_BTHP.shape
-    if length > 1 or not _taken(q_BTHP, k_BSGP, v_BSGP) or not _in_rows(k_BSGP) or not _in_rows(v_BSGP):
+    if length > 1 and attention_in_cpp.refuses(q_BTHP, k_BSGP, v_BSGP, scale=scale) is None:
+        with torch.no_grad():
+            return attention_in_cpp.attention(q_BTHP, k_BSGP, v_BSGP, scale=scale, window=window)
+    alike = _taken(q_BTHP, k_BSGP, v_BSGP) and v_BSGP.shape == k_BSGP.shape and k_BSGP.shape[3] == width
+    if length > 1 or not alike or not _in_rows(k_BSGP) or not _in_rows(v_BSGP):
         with torch.no_grad():
             return attention(q_BTHP, k_BSGP, v_BSGP, scale=scale, window=window)
     if window is not None:
@@ -59,7 +64,7 @@ def attention_continue(q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, *, scale:
     out = q_BTHP.new_empty(q_BTHP.shape)
     sizes = (batch, k_BSGP.shape[1], heads, k_BSGP.shape[2], width)
     strides = (*k_BSGP.stride()[:2], *v_BSGP.stride()[:2])
-    call("decode", "attend", q_BTHP.dtype, q_BTHP.contiguous(), k_BSGP, v_BSGP, out, *sizes, *strides, scale)
+    call("decode", "attend", q_BTHP.dtype, q_BTHP.contiguous(), k_BSGP, v_BSGP, out, *sizes, *strides, float(scale))
     return out
 
 
@@ -127,7 +132,7 @@ def mamba2_continue(
     low = -math.inf if options.dt_min is None else options.dt_min
     high = math.inf if options.dt_max is None else options.dt_max
     tensors = (tensor.contiguous() for tensor in weights)
-    call("decode", "mamba2", y.dtype, projected, *tensors, conv_BKC, state_BGNJ, y, *sizes, float(low), float(high), options.eps)
+    call("decode", "mamba2", y.dtype, projected, *tensors, conv_BKC, state_BGNJ, y, *sizes, float(low), float(high), float(options.eps))
     return y
 
 
@@ -145,12 +150,18 @@ def _compiled() -> bool:
 def _taken(first: Tensor, *others: Tensor) -> bool:
     """All on the CPU, all fp32 or all bf16, and there is a library."""
     dtype = first.dtype
-    if dtype not in SUFFIX or not first.is_cpu:
-        return False
-    for tensor in others:
-        if tensor.dtype != dtype or not tensor.is_cpu:
+    for tensor in (first, *others):
+        if tensor.dtype != dtype or dtype not in SUFFIX or not tensor.is_cpu:
+            _say_other(dtype, tensor.dtype)
             return False
     return _compiled()
+
+
+@functools.cache
+def _say_other(*dtypes: torch.dtype) -> None:
+    """Once for each pair."""
+    found = " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    log.info("Kernels: torch decodes %s; the kernels for it take fp32 or bf16 throughout.", found)
 
 
 def _in_rows(x_BSGP: Tensor) -> bool:

@@ -28,6 +28,8 @@ def norm_gated(y: Tensor, z: Tensor, weight_I: Tensor, eps: float, groups: int) 
 
 
 def refuses(y: Tensor, z: Tensor, weight_I: Tensor, eps: float, groups: int) -> str | None:
+    if z.shape != y.shape or weight_I.shape != y.shape[-1:] or y.shape[-1] % groups:
+        return "other sizes than those of a norm"  # which torch's form will not take either, and says so
     return not_taken(activations=(y, z), whole=(weight_I,), taken=SUFFIX)
 
 

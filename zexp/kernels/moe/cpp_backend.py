@@ -1,9 +1,9 @@
 """Experts over tokens sorted by expert: matrix products by torch, and kernel.cpp around them.
 
 M tokens · D model width · E experts · K chosen for a token · N: the K · M choices, each expert's filled up by rows of zeros · F expert
-width · H rows of `up`: F, or 2F with a gate. The scheme is the torch backend's, but nothing of the choices is kept: the backward pass
-computes `up` again, two products where there were nine. No copy of the weights is kept either: an expert's matrices are rounded again
-where they are used again.
+width · H rows of `up`: F, or 2F with a gate. The scheme is the torch backend's. Of all choices H numbers each are kept in fp32; in bf16,
+whose products are quick, nothing is, and the backward pass computes `up` again: two products more to the nine that there are. No copy of
+the weights is kept: an expert's matrices are rounded again where they are used again.
 
 How many tokens an expert gets is new each time, and torch's library compiles a product for every size that it has not seen, which takes
 time and about 1 MB. So rows are filled up to few sizes.
@@ -62,22 +62,24 @@ class _Moe(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             x, weights_KM = x_MD.to(dtype).contiguous(), weights_KM.contiguous()
             rows_ND = _gathered(x, token_N)
-            hidden, acted = (rows_ND.new_empty(max(counts), width) for width in (up_EHD.shape[1], down_EDF.shape[2]))
+            keeps = dtype == torch.float32
+            hidden = rows_ND.new_empty(len(rows_ND) if keeps else max(counts), up_EHD.shape[1])
+            acted = rows_ND.new_empty(max(counts), down_EDF.shape[2])
             for expert, part in slices(counts):
                 rows_nD = rows_ND[part]
-                hidden_nH, acted_nF = hidden[: len(rows_nD)], acted[: len(rows_nD)]
+                hidden_nH, acted_nF = hidden[part] if keeps else hidden[: len(rows_nD)], acted[: len(rows_nD)]
                 torch.mm(rows_nD, up_EHD[expert].to(dtype).t(), out=hidden_nH)
                 call("moe", "activate", dtype, hidden_nH, acted_nF, *acted_nF.shape, *act)
                 torch.mm(acted_nF, down_EDF[expert].to(dtype).t(), out=rows_nD)
             out_MD = _combined(rows_ND, places_KM, weights_KM)
-        ctx.save_for_backward(x, weights_KM, up_EHD, down_EDF, token_N, places_KM)
+        ctx.save_for_backward(x, weights_KM, up_EHD, down_EDF, token_N, places_KM, hidden if keeps else None)
         ctx.counts, ctx.act, ctx.x_dtype = counts, act, x_MD.dtype
         return out_MD.to(x_MD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        x, weights_KM, up_EHD, down_EDF, token_N, places_KM = ctx.saved_tensors
+        x, weights_KM, up_EHD, down_EDF, token_N, places_KM, hidden_NH = ctx.saved_tensors
         dtype, counts = x.dtype, ctx.counts
         with torch.autocast("cpu", enabled=False):
             weight_N = weights_KM.new_zeros(token_N.shape)
@@ -86,12 +88,12 @@ class _Moe(torch.autograd.Function):
             dout_ND = _gathered(grads[0].to(dtype).contiguous(), token_N)
             dweight_N = torch.empty_like(weight_N)
             dup, ddown = torch.zeros_like(up_EHD), torch.zeros_like(down_EDF)
-            widths = (up_EHD.shape[1], up_EHD.shape[1], down_EDF.shape[2])
-            hidden, dhidden, dacted = (rows_ND.new_empty(max(counts), width) for width in widths)
+            dhidden, dacted = (rows_ND.new_empty(max(counts), width) for width in (up_EHD.shape[1], down_EDF.shape[2]))
+            again = None if hidden_NH is not None else torch.empty_like(dhidden)
             for expert, part in slices(counts):
                 rows_nD, dout_nD, up_HD = rows_ND[part], dout_ND[part], up_EHD[expert].to(dtype)
-                hidden_nH, dhidden_nH, dacted_nF = (room[: len(rows_nD)] for room in (hidden, dhidden, dacted))
-                torch.mm(rows_nD, up_HD.t(), out=hidden_nH)
+                dhidden_nH, dacted_nF = dhidden[: len(rows_nD)], dacted[: len(rows_nD)]
+                hidden_nH = hidden_NH[part] if again is None else torch.mm(rows_nD, up_HD.t(), out=again[: len(rows_nD)])
                 torch.mm(dout_nD, down_EDF[expert].to(dtype), out=dacted_nF)  # as if the weight were 1
                 sizes = (*dacted_nF.shape, *ctx.act)
                 call("moe", "activate_backward", dtype, hidden_nH, dacted_nF, weight_N[part], dhidden_nH, dweight_N[part], *sizes)

@@ -24,6 +24,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def refuses(x: Tensor, weight_D: Tensor, eps: float) -> str | None:
+    if weight_D.shape != x.shape[-1:]:
+        return "a weight of another width"  # which torch's form will not take either, and says so
     return not_taken(activations=(x,), whole=(weight_D,), taken=SUFFIX)
 
 
@@ -31,7 +33,7 @@ def _normed(x_MD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]
     """The norm, and one over the root mean square of each row."""
     y_MD, inverse_M = torch.empty_like(x_MD), x_MD.new_empty(x_MD.shape[:-1], dtype=torch.float32)
     sizes = (inverse_M.numel(), x_MD.shape[-1])
-    call("rms_norm", "forward", x_MD.dtype, x_MD, weight_D, y_MD, inverse_M, *sizes, eps, numbers=x_MD.numel())
+    call("rms_norm", "forward", x_MD.dtype, x_MD, weight_D, y_MD, inverse_M, *sizes, float(eps), numbers=x_MD.numel())
     return y_MD, inverse_M
 
 

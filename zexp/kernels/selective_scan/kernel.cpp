@@ -63,7 +63,7 @@ inline float sum_of(const lanes& x) {
     return sum;
 }
 
-// log(1 + e^x), and its slope: with z = e^-|x|, log(1 + z) = 2 artanh(z / (2 + z)), by its series up to the 13th power.
+// log(1 + e^x): with z = e^-|x|, log(1 + z) = 2 artanh(z / (2 + z)), by its series up to the 13th power.
 inline float softplus(float x) {
     float z = zexp::exp(x < 0.0f ? x : -x), s = z / (2.0f + z), q = s * s;
     float p = 1.0f / 13.0f;
