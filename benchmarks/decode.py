@@ -251,6 +251,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.tokens < 2 or options.context < 1 or options.rounds < 1:
         parser.error("at least 2 tokens after a context of 1, in 1 round")
+    if options.threads < 1:
+        parser.error("at least 1 thread")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: there is no folder {options.out.absolute().parent}")
     if options.serve:
         serve(options.serve[0], Path(options.serve[1]), options.serve[2], options.threads)
         return
@@ -259,10 +263,12 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - began:5.0f} s] {text}", file=sys.stderr, flush=True)
 
+    import torch
     import transformers
 
     from zexp.bench import machine
 
+    torch.set_num_threads(options.threads)  # of this process: what the facts say of the others
     facts: dict[str, Any] = {
         "machine": machine.facts("cpu"),
         "transformers": transformers.__version__,

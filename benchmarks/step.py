@@ -4,8 +4,8 @@
 
 Each side is a process of its own, so that its peak memory is its own; they take turns step by step, so that other work on the
 machine hits both. A ratio is of the medians of a side's steps; `first` is the time from a model that is built to its first
-finished step, with everything that is compiled before it. --quick leaves out the peers under torch.compile and measures Mamba1
-by one step of theirs at batch 1. Peers are run as they come (fp32), under bf16 autocast, and under bf16 autocast with
+finished step, with everything that is compiled before it. --quick leaves out the peers under torch.compile. Of Mamba1, whose steps
+take their peer minutes, it is one step of theirs at batch 1, their first. Peers are run as they come (fp32), under bf16 autocast, and under bf16 autocast with
 torch.compile; zexp with precision fp32 and bf16 (autocast; weights, gradients and optimizer fp32 on both sides).
 
 The share of the machine is of the best rate at which `torch.mm` multiplies bf16 matrices here; model FLOPs are zexp.calc's at
@@ -285,7 +285,7 @@ def compare(name: str, folder: Path, *, quick: bool, rounds: int, threads: int, 
     from zexp.calc.model import flops_per_token
 
     semantic = described(folder)[1]
-    settings = ["fp32", "bf16"] if name == "mamba" or quick else list(PEERS)
+    settings = ["fp32", "bf16"] if quick else list(PEERS)
     if name == "mamba":  # minutes a step: their first one, at batch 1, beside ours at batch 1
         settings = ["fp32"]
     mine = [Side("ours", folder, setting, threads) for setting in ("fp32", "bf16")]
@@ -340,6 +340,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     parser.add_argument("--serve", nargs=3, metavar=("SIDE", "FOLDER", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.threads < 1 or options.rounds < 1:
+        parser.error("at least 1 thread and 1 round")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: there is no folder {options.out.absolute().parent}")
     if options.serve:
         serve(options.serve[0], Path(options.serve[1]), options.serve[2], options.threads)
         return

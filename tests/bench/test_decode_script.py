@@ -51,6 +51,8 @@ def test_both_sides_generate_the_same_and_their_seconds_are_set_against_each_oth
         (("--tokens", "1"), "at least 2 tokens"),
         (("--context", "0"), "after a context of 1"),
         (("--rounds", "0"), "in 1 round"),
+        (("--threads", "0"), "at least 1 thread"),
+        (("--out", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
         (("--models", "gpt2"), "invalid choice: 'gpt2'"),
         (("--settings", "fp16"), "invalid choice: 'fp16'"),
     ],

@@ -106,10 +106,19 @@ def test_the_verb_prints_a_table_or_json(as_json, capsys, monkeypatch):
     monkeypatch.setitem(samples.TIMED, "cpu", SMALL)
     parser = argparse.ArgumentParser()
     kernels.add_arguments(parser)
-    options = ["--operations", "rms_norm", "--seconds", "0", "--device", "cpu"] + (["--json"] if as_json else [])
+    options = ["--operations", "rms_norm", "--seconds", "0.001", "--threads", "1", "--device", "cpu"] + (["--json"] if as_json else [])
     assert kernels.main(parser.parse_args(options)) == 0
-    out = capsys.readouterr().out
+    out, progress = capsys.readouterr()
+    assert "1/1 rms_norm" in progress
     if as_json:
         assert [row["backend"] for row in json.loads(out)["rows"]] == ["liger-kernel", "flash-linear-attention", "cpp", "torch"]
     else:
-        assert "rms_norm" in out and "Not measured here" in out
+        assert all(f"{name} " in out for name in ("rms_norm", "installed", "liger-kernel", "cpp")) and "Not measured here" in out
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-1", "0", "inf"])
+def test_times_that_are_none_are_refused(seconds):
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    with pytest.raises(ConfigError, match="a finite number above 0"):
+        kernels.main(parser.parse_args(["--seconds", seconds]))

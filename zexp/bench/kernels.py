@@ -18,9 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from zexp.bench import machine
+from zexp.bench import flags, machine, tables
+from zexp.bench.progress import progress
 from zexp.bench.setting import device_of
 from zexp.bench.timing import Timing, in_turns
 from zexp.config.errors import ConfigError
@@ -29,23 +31,25 @@ from zexp.kernels.cpp.compiler import compiler, identity
 from zexp.kernels.fused import adapter
 from zexp.kernels.samples import Sample
 from zexp.kernels.select import CPP, TORCH, Backend
+from zexp.train.machine import settled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SECONDS = 0.5  # of repeats of one function, all its backends and both passes together
+SECONDS = 10.0  # of repeats, all functions with all their backends and both passes together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `zexp bench kernels`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
+    flags.add_common(parser, seconds=SECONDS, of_config=False)
     parser.add_argument("--dtype", default=None, choices=sorted(DTYPES), help="of activations; bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--operations", nargs="+", default=None, metavar="NAME", help=f"of {', '.join(select.operations())}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of timing for each function ({SECONDS})")
 
 
 def main(options: argparse.Namespace) -> int:
     """`zexp bench kernels`. Raises ConfigError."""
-    found = run(options.device, dtype=options.dtype, operations=options.operations, seconds=options.seconds)
+    flags.check(flags.problems_of(options))
+    device, threads = options.device or "auto", options.threads or torch.get_num_threads()
+    with settled(threads, deterministic=False):
+        found = run(device, dtype=options.dtype, operations=options.operations, seconds=options.seconds)
     if options.json:
         print(json.dumps(found, indent=1))
     else:
@@ -62,8 +66,8 @@ def run(
     sizes: dict[str, samples.Size] | None = None,
     ceilings: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The table as plain data. sizes: what each function is timed with, None = samples.TIMED of the device. ceilings: of
-    zexp.bench.machine, None = they are measured now.
+    """The table as plain data. seconds: of repeats, all together; a few of each are made anyway. sizes: what each function is timed
+    with, None = samples.TIMED of the device. ceilings: of zexp.bench.machine, None = they are measured now.
 
     Raises ConfigError for an operation without backends besides torch or a device that is not there.
     """
@@ -79,10 +83,13 @@ def run(
     timed = samples.TIMED[where.type] if sizes is None else sizes
     ceilings = machine.ceilings(where) if ceilings is None else ceilings
     rows: list[dict[str, Any]] = []
-    for operation in chosen:
-        verdicts = {backend.name: verdict(operation, backend, where) for backend in select.backends(operation)}
-        for function in dispatch.functions_of(operation):
-            rows += _rows(operation, function, verdicts, where, name, timed[function], seconds, ceilings)
+    share = seconds / sum(len(dispatch.functions_of(operation)) for operation in chosen)
+    with progress("kernels", len(chosen)) as say:
+        for operation in chosen:
+            say(operation)
+            verdicts = {backend.name: verdict(operation, backend, where) for backend in select.backends(operation)}
+            for function in dispatch.functions_of(operation):
+                rows += _rows(operation, function, verdicts, where, name, timed[function], share, ceilings)
     return {
         "machine": machine.facts(where) | {"packages": {package: select.version(package) for package in select.packages()}},
         "ceilings": ceilings,
@@ -192,49 +199,35 @@ def _version(backend: Backend | None) -> str | None:
 
 def show(found: dict[str, Any]) -> None:
     """The table in the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    about, rates = found["machine"], found["ceilings"]
-    console = Console()
-    console.print(
-        f"{about['device']}, torch {about['torch']}, {found['dtype']}: matrix products "
-        f"{rates['matmul_' + found['dtype']] / 1e12:.3g} TFLOP/s, memory {rates['memory'] / 1e9:.3g} GB/s",
-        highlight=False,
-    )
-    table = Table(box=None, pad_edge=False)
-    for column in ("operation", "backend", "error", "fwd ms", "share", "+ bwd", "share"):
-        table.add_column(column, justify="left" if column in ("operation", "backend") else "right", no_wrap=True)
+    console = Console(highlight=False)
+    console.print(tables.machine_line(found["machine"], found["ceilings"]))
+    figures = ("value error", "gradient error", "forward", "ceiling", "both passes", "ceiling")
+    table = tables.table("operation", "backend", "installed", "taken", *figures)
     for row in found["rows"]:
         error = row.get("error")
-        if not row["taken"] and error is None:
-            continue
         table.add_row(
             row["function"],
-            " ".join(filter(None, (_named(row), "" if row["taken"] else "(not taken)"))),
-            "" if error is None else f"{error['value']:.0e} / {error['gradient']:.0e}",
+            row["backend"],
+            "no" if row["version"] is None else "yes" if row["package"] is None else row["version"],
+            "yes" if row["taken"] else "no",
+            *(("", "") if error is None else (f"{error['value']:.0e}", f"{error['gradient']:.0e}")),
             *_cells(row.get("forward")),
             *_cells(row.get("forward_backward")),
         )
-    console.print(table)
+    tables.show(table, console)
     console.print(
-        "Errors are of values / of gradients, relative to the fp32 reference; times are the best of several, shares of the ceiling."
+        f"In {found['dtype']}. Errors are relative to the fp32 reference; times are the best of several, with their shares of the "
+        "measured ceiling."
     )
     refused: dict[str, list[str]] = {}
     for row in found["rows"]:
         if not row["taken"]:
-            absent = "" if row["version"] else ", not installed"
-            refused.setdefault(f"{row['backend']}{absent}: {row['why_not']}", []).append(row["function"])
+            refused.setdefault(f"{row['backend']}: {row['why_not']}", []).append(row["function"])
     for why, functions in refused.items():
-        console.print(f"Not taken for {', '.join(functions)}: {why}.", highlight=False)
+        console.print(f"Not taken for {', '.join(functions)}: {why}.")
     for text in found["not_measured"]:
-        console.print(f"Not measured here: {text}.", highlight=False)
-
-
-def _named(row: dict[str, Any]) -> str:
-    """A backend with its package's version; torch's stands above the table."""
-    return row["backend"] if row["backend"] == "torch" else f"{row['backend']} {row['version'] or ''}".strip()
+        console.print(f"Not measured here: {text}.")
 
 
 def _cells(time: dict[str, Any] | None) -> tuple[str, str]:
-    return ("", "") if time is None else (f"{1000 * time['best_seconds']:.3g}", f"{100 * time['of_ceiling']:.0f} %")
+    return ("", "") if time is None else (tables.say_milliseconds(time["best_seconds"]), f"{100 * time['of_ceiling']:.0f} %")

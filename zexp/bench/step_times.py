@@ -23,6 +23,7 @@ from zexp.study import ranks
 from zexp.train import optimizer
 from zexp.train.batches import Batch
 from zexp.train.fingerprint import fingerprint
+from zexp.train.machine import recomputes
 from zexp.train.step import backward
 
 DOCUMENT_TOKENS = 256  # mean length of the documents that random tokens are cut into, where a config masks documents
@@ -128,16 +129,17 @@ def _answer(
     missing = []
     if device == "cpu":
         missing.append("memory of a GPU, and its MFU against a datasheet: this ran on the CPU.")
-    if work.run.parallelism.activation_checkpointing == "full":
-        missing.append("activation checkpointing: this step keeps what layers compute.")
     if work.run.parallelism.data > 1:
         missing.append(
             f"the sum of gradients over {work.run.parallelism.data} ranks: this is one rank's share of the batch, alone."
         )
-    asked = {
+    asked: dict[str, Any] = {
         "kernels": work.run.kernels.backend, "micro_batch": work.micro_batch, "threads": work.place["threads"],
         "ranks": ranks.request(work.run.parallelism), "deterministic": work.run.execution.deterministic,
     }  # fmt: skip
+    asked["activation_checkpointing"] = work.run.parallelism.activation_checkpointing
+    if recomputes(work.model, {"seq_len": work.run.seq_len, "precision": work.run.precision}, asked, device):
+        missing.append("activation checkpointing, which a training of this config has here: this step keeps what layers compute.")
     return {
         **work.about(),
         "backends": fingerprint(work.model, asked, device)["backends"],
