@@ -1,5 +1,6 @@
 """Sizes of one number of parameters: which are tried, and what is concluded from their times."""
 
+import argparse
 import json
 
 import pytest
@@ -129,6 +130,8 @@ def test_facts_say_what_was_measured_and_no_more():
         "Of 2 other widths, 0 faster than the base, 1 slower, 1 not to be distinguished from it.",
         "width 72 is slower; FLOP/s over the base's: mlp 0.50 times.",
     ]
+    same = [one | {"verdict": "base" if one is rows[0] else "cannot distinguish"} for one in rows]
+    assert size_times.facts(same) == ["Of 2 other widths, 0 faster than the base, 0 slower, 2 not to be distinguished from it."]
     assert [alignment(value) for value in (1, 24, 96, 4096)] == [1, 8, 32, 1024]
 
 
@@ -154,6 +157,16 @@ def test_one_config_is_compared_and_an_arch_is_named_once():
     assert size.overrides(options, ["seq_len=64"]) == ["arch=mamba2_tiny"]
     with pytest.raises(ConfigError, match="Keep one"):
         size.overrides(options, ["arch=zamba2_tiny"])
+
+
+def test_widths_stand_between_commas_so_that_overrides_can_follow(capsys):
+    parser = argparse.ArgumentParser()
+    size.add_arguments(parser)
+    options, words = parser.parse_known_args(["--parameters", "1M", "--width", "64,96", "seq_len=64"])
+    assert options.width == [64, 96] and words == ["seq_len=64"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--parameters", "1M", "--width", "64;96"])
+    assert "'64;96': whole numbers with commas between them" in capsys.readouterr().err
 
 
 def test_what_wins_is_built_whole_beside_the_base(ceilings, capsys, monkeypatch):

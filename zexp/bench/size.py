@@ -52,13 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch", metavar="NAME", help="whose pattern and shape: a name under conf/arch; the same as the override arch=NAME"
     )
     parser.add_argument(
-        "--width", nargs="+", type=int, metavar="D", help="model widths to try (default: multiples of 8 to 256 nearby)"
+        "--width", type=_widths, metavar="D,…", help="model widths to try (default: multiples of 8 to 256 nearby)"
     )
     parser.add_argument(
         "--tolerance", type=float, default=0.03, metavar="SHARE",
         help="how far from the budget a candidate may be, as a share of it (default: 0.03)",
     )  # fmt: skip
     parser.set_defaults(overrides=overrides)
+
+
+def _widths(words: str) -> list[int]:
+    """By commas, because Hydra's overrides come behind it."""
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{words!r}: whole numbers with commas between them") from None
 
 
 def overrides(options: argparse.Namespace, words: list[str]) -> list[str]:
@@ -130,7 +138,7 @@ def _print(answer: Mapping[str, Any]) -> None:
         style="bold",
     )  # fmt: skip
     shown = table("size", "changed", "parameters", "tokens/s", "FLOP/s", "share", "speed", "95 %")
-    for row in sorted(answer["candidates"], key=lambda row: -float(row["tokens_per_second"])):
+    for row in sorted(answer["candidates"], key=lambda row: -float(row["over_base"]["median"])):
         ratio = row["over_base"]
         cells = [row["name"], row["factor"], f"{row['parameters'] / 1e6:,.4g} M", f"{row['tokens_per_second']:,.0f}"]
         cells += [say_rate(row["flops_per_second"]), f"{row['share_of_matmul']:.0%}", f"{ratio['median']:.3f}"]
