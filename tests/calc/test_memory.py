@@ -140,7 +140,7 @@ def test_expert_parallel_copies_hold_their_part_of_the_experts():
     [
         (Layout(data=0), ["parallelism.data = 0", "at least 1"]),
         (Layout(zero=4), ["0, 1, 2 or 3"]),
-        (Layout(checkpointing="some"), ["'some'", "none or full"]),
+        (Layout(checkpointing="some"), ["'some'", "none, full or auto"]),
         (Layout(tensor=3), ["arch.blocks.a's heads = 4", "arch.blocks.g's heads = 2", "arch.blocks.m's heads = 4"]),
         (Layout(data=4, expert=2), ["no experts"]),
         (Layout(data=3, expert=2), ["it must divide parallelism.data = 3"]),

@@ -46,8 +46,6 @@ def refuses(
 ) -> str | None:
     if not 1 < q_BTHP.shape[1] == k_BSGP.shape[1]:
         return "other numbers of queries than of keys, or single ones"
-    if not q_BTHP.shape[3] == k_BSGP.shape[3] == v_BSGP.shape[3] or k_BSGP.shape != v_BSGP.shape:
-        return "heads of several widths"
     return not_taken(activations=[x.new_empty(0, dtype=product_dtype(x)) for x in (q_BTHP, k_BSGP, v_BSGP)])
 
 

@@ -28,7 +28,6 @@ def rotary(
     return torch.cat(parts[:2] if width == x_BTHP.shape[3] else parts, dim=-1)
 
 
-@lru_cache(maxsize=8)  # every layer of a decoding step asks for the same
 def angles(
     start: int, length: int, width: int, theta: float, scaling: RopeScaling | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -36,8 +35,7 @@ def angles(
     end = start + length
     room = max(256, 1 << (end - 1).bit_length()) if start else end  # decoding: one table for many starts
     cos, sin = _table(room, width, theta, scaling, device, dtype)
-    with torch.inference_mode(False):  # evaluation may be what makes them, and training what keeps them
-        return cos[start:end], sin[start:end]
+    return cos[start:end], sin[start:end]
 
 
 def frequencies(width: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -55,7 +53,7 @@ def _table(
     length: int, width: int, theta: float, scaling: RopeScaling | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, (T, 1, R/2). Angles are taken in fp64: position 100000 times a rounded fp32 frequency is off by 0.01."""
-    with torch.inference_mode(False), torch.no_grad():  # as above
+    with torch.inference_mode(False), torch.no_grad():  # evaluation may be what makes it, and training what keeps it
         positions = torch.arange(length, dtype=torch.float64, device=device)
         angles = torch.outer(positions, frequencies(width, theta, scaling).to(device))[:, None, :]
         return angles.cos().to(dtype), angles.sin().to(dtype)
