@@ -454,7 +454,7 @@ def main() -> int:
         parity(report, device)
     if "kernels" in options.only:
         for operation in sorted(select.BACKENDS):
-            table = partial(kernels.run, device.type, dtype="bf16", operations=[operation], ceilings=ceilings)
+            table = partial(kernels.run, device.type, dtype="bf16", operations=[operation], seconds=1.0, ceilings=ceilings)
             report.item("kernels", operation, lambda table=table: table()["rows"], seconds=15 if device.type == "cuda" else 0)
     if "steps" in options.only:
         steps(report, device, rates)

@@ -269,13 +269,14 @@ WRONG = {
     "gated_norm": (torch.ones(3, 8), torch.ones(3, 8), torch.ones(8), 1e-5, 3),
     "norm_gated": (torch.ones(3, 8), torch.ones(3, 4), torch.ones(8), 1e-5, 1),
     "mlp_activation": (torch.ones(3, 7), "swiglu"),
+    "gated": (torch.ones(3, 7), "silu"),
     "linear_cross_entropy": (torch.ones(3, 8), torch.ones(5, 8), torch.zeros(2, dtype=torch.int64)),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_sizes_that_do_not_fit_are_refused_as_torch_refuses_them(name):
-    operation = {"norm_gated": "gated_norm", "mlp_activation": "activation", "linear_cross_entropy": "cross_entropy"}.get(name, name)
+    operation = {"norm_gated": "gated_norm", "mlp_activation": "activation", "gated": "activation", "linear_cross_entropy": "cross_entropy"}.get(name, name)
     kernels = dispatch.kernels_of({operation: select.Choice(select.CPP)})
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         getattr(kernels, name)(*WRONG[name])

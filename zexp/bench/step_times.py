@@ -133,11 +133,11 @@ def _answer(
         missing.append(
             f"the sum of gradients over {work.run.parallelism.data} ranks: this is one rank's share of the batch, alone."
         )
-    asked: dict[str, Any] = {
+    asked = {
         "kernels": work.run.kernels.backend, "micro_batch": work.micro_batch, "threads": work.place["threads"],
         "ranks": ranks.request(work.run.parallelism), "deterministic": work.run.execution.deterministic,
+        "activation_checkpointing": work.run.parallelism.activation_checkpointing,
     }  # fmt: skip
-    asked["activation_checkpointing"] = work.run.parallelism.activation_checkpointing
     if recomputes(work.model, {"seq_len": work.run.seq_len, "precision": work.run.precision}, asked, device):
         missing.append("activation checkpointing, which a training of this config has here: this step keeps what layers compute.")
     return {

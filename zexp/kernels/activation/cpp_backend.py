@@ -15,7 +15,7 @@ from zexp.kernels.fused import Fused
 
 def cpp() -> dict[str, Fused]:
     library("activation")
-    return {"mlp_activation": Fused(mlp_activation, refuses), "gated": Fused(gated, refuses)}
+    return {"mlp_activation": Fused(mlp_activation, refuses), "gated": Fused(gated, refuses_gated)}
 
 
 def mlp_activation(x: Tensor, name: Activation) -> Tensor:
@@ -28,8 +28,12 @@ def gated(x: Tensor, gate: Gate) -> Tensor:
     return _activated(x, gate, True)
 
 
-def refuses(x: Tensor, name: Activation | Gate) -> str | None:
-    if x.shape[-1] % 2 and name in GATED:
+def refuses(x: Tensor, name: Activation) -> str | None:
+    return refuses_gated(x, GATED[name]) if name in GATED else not_taken(activations=(x,))
+
+
+def refuses_gated(x: Tensor, gate: Gate) -> str | None:
+    if x.shape[-1] % 2:
         return "rows that have no halves"  # which torch's form will not take either, and says so
     return not_taken(activations=(x,))
 

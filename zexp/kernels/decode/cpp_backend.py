@@ -39,8 +39,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if (
         rows > ROWS
         or torch.is_grad_enabled()
-        or not _taken(x, weight_OI, x if bias_O is None else bias_O)
         or torch.is_autocast_enabled("cpu")
+        or not _taken(x, weight_OI, x if bias_O is None else bias_O)
         or not weight_OI.is_contiguous()
     ):
         return F.linear(x, weight_OI, bias_O)
