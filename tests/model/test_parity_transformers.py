@@ -51,8 +51,9 @@ def assert_same(theirs: Any, arch: dict[str, Any], weights: Callable[[State], We
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in weights(gradients):
         mine = ours.get_parameter(name).grad
-        # Relative to the tensor's own largest gradient, or to rounding of the model's largest where that is nothing.
-        bound = 1e-3 * gradient.abs().max() + 1e-6 * largest
+        # Relative to the tensor's own largest gradient, and to rounding of the model's largest: that was 2e4 in such deep
+        # models of large weights, and either side was as far from its own result in fp64.
+        bound = 1e-3 * gradient.abs().max() + 1e-5 * largest
         assert (mine - gradient).abs().max() < bound, name
 
 

@@ -15,6 +15,7 @@ from zexp.train.fingerprint import device_model
 
 # (rows, inner, columns): the best of them counts. Those of a GPU fill it, those of a CPU fit its caches.
 SHAPES = {"cpu": ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048)), "cuda": ((8192, 8192, 8192), (16384, 8192, 8192))}
+_REPEATS, _PATIENCE = 4, 5  # of a product that is timed, at least; how many times its seconds they may take
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # larger than the caches
 
 
@@ -43,10 +44,16 @@ def facts(device: torch.device | str) -> dict[str, Any]:
 
 
 def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
-    """The best rate of a product of two matrices."""
+    """The best rate of a product of two matrices.
+
+    A larger product is left out where it would take too long by the rate of the smaller ones: a CPU without instructions for bf16
+    multiplies it at one GFLOP/s, at every size.
+    """
     kind = torch.device(device).type
     best = 0.0
     for rows, inner, columns in SHAPES[kind]:
+        if best and _REPEATS * 2 * rows * inner * columns / best > _PATIENCE * seconds:
+            break
         left = torch.randn(rows, inner, device=device).to(dtype)
         right = torch.randn(inner, columns, device=device).to(dtype)
         took = timed(lambda left=left, right=right: left @ right, device, seconds=seconds / len(SHAPES[kind]))  # type: ignore[misc]
